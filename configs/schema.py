@@ -1,0 +1,334 @@
+"""The shape of every config: one dataclass a group. Yaml files fill them; nothing else exists."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class Mode(Enum):
+    """What `train.py` does."""
+
+    train = "train"
+    plan = "plan"
+
+
+class Format(Enum):
+    """How `mode=plan` prints."""
+
+    table = "table"
+    json = "json"
+
+
+class Arch(Enum):
+    """Architecture (models/)."""
+
+    gpt = "gpt"
+    gpt2 = "gpt2"
+
+
+class Source(Enum):
+    """Where tokens come from (data/)."""
+
+    stdlib = "stdlib"
+    text = "text"
+    bins = "bins"
+    synthetic = "synthetic"
+
+
+class Layouts(Enum):
+    """How the model lies over the ranks (engine/parallel.py)."""
+
+    single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+
+
+class Precision(Enum):
+    """Arithmetic of the model; weights and optimizer are always fp32."""
+
+    auto = "auto"
+    """bf16 on a GPU, fp32 on a CPU."""
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Shape(Enum):
+    """Shape of the learning rate after warmup."""
+
+    linear = "linear"
+    """Constant, then linear to the floor over the last `decay` of the run."""
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Init(Enum):
+    """Where a weight starts."""
+
+    model = "model"
+    """As the model draws it, brought to the manifold if there is one."""
+    boundary = "boundary"
+    """On the sphere of the rule's norm, at its radius; zero where the model says zero."""
+
+
+class RuleKind(Enum):
+    """What steps a route's parameters."""
+
+    steepest = "steepest"
+    adamw = "adamw"
+
+
+@dataclass
+class ModelConfig:
+    """Sizes and options; see models/base.py."""
+
+    arch: Arch = MISSING
+    n_layer: int = MISSING
+    n_head: int = MISSING
+    d_model: int = MISSING
+    context: int = MISSING
+    """Longest sequence, tokens."""
+    vocab_size: int = MISSING
+    """Token ids; follows data.vocab_size unless set (a larger one pads)."""
+    mlp_ratio: int = 4
+    softcap: float = 0.0
+    fused_qkv: bool = False
+    zero_init_proj: bool = False
+    rope_base: float = 10000.0
+
+
+@dataclass
+class RuleConfig:
+    """How one route is stepped; see optim/rule.py and optim/adamw.py."""
+
+    rule: RuleKind = RuleKind.steepest
+    lr: float = MISSING
+    """Peak learning rate. On a manifold: radians a step."""
+    weight_decay: float = 0.0
+    """Decoupled, per unit of lr. 1 makes a steepest rule Scion's constrained form."""
+    norm: str = "spectral"
+    manifold: str = "euclidean"
+    momentum: float = 0.95
+    """Fraction of the average kept."""
+    nesterov: bool = False
+    radius: float = 1.0
+    spectral_scale: str = "rms"
+    """Factor on the polar factor: rms sqrt(d_out/d_in), muon sqrt(max(1, d_out/d_in)), none."""
+    init: Init = Init.model
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW only."""
+    eps: float = 1e-8
+    """AdamW only."""
+
+
+@dataclass
+class OverrideConfig(RuleConfig):
+    """A rule for the parameters whose names match a glob, tried before the roles."""
+
+    pattern: str = MISSING
+
+
+@dataclass
+class PolarConfig:
+    """How polar factors are computed; see optim/polar."""
+
+    coefficients: str = "polar_express"
+    steps: int = 8
+    dtype: str = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. Or fp32, bf16."""
+
+
+@dataclass
+class OptimConfig:
+    """A rule for each role."""
+
+    name: str = MISSING
+    lr: float = MISSING
+    """One number for a sweep to move: the roles' rates follow it by interpolation."""
+    hidden: RuleConfig = field(default_factory=RuleConfig)
+    embedding: RuleConfig = field(default_factory=RuleConfig)
+    head: RuleConfig = field(default_factory=RuleConfig)
+    tied: RuleConfig = field(default_factory=RuleConfig)
+    """One weight that is both embedding and head."""
+    rest: RuleConfig = field(default_factory=RuleConfig)
+    """Gains, biases and scalars."""
+    overrides: dict[str, OverrideConfig] = field(default_factory=dict)
+    polar: PolarConfig = field(default_factory=PolarConfig)
+    max_norm: float = 1.0
+    """Clip the gradient of AdamW groups at this norm; 0 never clips. Others are scale free."""
+
+
+@dataclass
+class DataConfig:
+    """Tokens and batches."""
+
+    source: Source = MISSING
+    vocab_size: int = 256
+    batch_tokens: int = MISSING
+    """Tokens of a global batch, over all ranks; accumulation is derived."""
+    micro_batch: int = 0
+    """Sequences in one forward pass of one rank; 0 takes a rank's whole share."""
+    val_percent: float = 6.0
+    """Share of the text (of the files, by name) kept for validation."""
+    val_tokens: int = 0
+    """Validation tokens evaluated; 0 takes all."""
+    shuffle: bool = True
+    path: str = ""
+    """data=text: a UTF-8 file or folder."""
+    bpe_vocab: int = 0
+    """data=text: train a BPE of this size on the text; 0 reads bytes."""
+    train: str = ""
+    """data=bins: glob of training shards."""
+    val: str = ""
+    """data=bins: glob of validation shards."""
+    tokens: int = 0
+    """data=synthetic: length."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model lies over the ranks, and what is traded for memory."""
+
+    layout: Layouts = MISSING
+    replicas: int = 1
+    """hsdp: number of replicas; each is sharded over world / replicas ranks."""
+    precision: Precision = Precision.auto
+    compile: bool = False
+    """torch.compile each block."""
+    activation_checkpointing: bool = False
+    timeout_seconds: float = 600.0
+    """A collective that takes longer ends the run with an error."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Length of the run and the learning rate along it."""
+
+    shape: Shape = MISSING
+    steps: int = MISSING
+    warmup: float = 0.0
+    """Share of the run with a linear warm-up."""
+    decay: float = 1.0
+    """linear: share of the run that decays, at its end."""
+    floor: float = 0.0
+    """Fraction of the peak at the end."""
+    budget_seconds: float = 0.0
+    """When set, a run too slow for its steps anneals by the clock and ends at this time."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept, and where a run starts from."""
+
+    every: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 2
+    """Newest committed checkpoints kept."""
+    resume: str = "auto"
+    """auto: the run folder's latest, if any. never: start anew (an old folder is moved aside).
+    Otherwise the path of a run folder or checkpoint."""
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    every: int = 10
+    """Steps between lines."""
+    progress: bool = True
+    """Progress bar on a terminal; plain lines elsewhere."""
+    spectrum_every: int = 0
+    """Steps between records of the hidden weights' singular values; 0 never."""
+    wandb: bool = False
+    wandb_project: str = "geon"
+    wandb_mode: str = "offline"
+    tensorboard: bool = False
+
+
+@dataclass
+class EvalConfig:
+    """Validation and samples."""
+
+    every: int = 0
+    """Steps between evaluations; 0 only at the end."""
+    batch: int = 64
+    """Sequences in one forward pass."""
+    sample_tokens: int = 0
+    """Length of the sample printed at the end; 0 prints none."""
+    sample_prompt: str = "def "
+    sample_temperature: float = 0.8
+
+
+@dataclass
+class ShardConfig:
+    """The exchange of sharded matrices; see optim/shard."""
+
+    max_buffer_mb: float = 64.0
+    """Scratch of one bucket."""
+
+
+@dataclass
+class PlanConfig:
+    """What mode=plan assumes and prints."""
+
+    format: Format = Format.table
+    world_size: int = 0
+    """Ranks to plan for; 0 takes WORLD_SIZE, or 1."""
+
+
+@dataclass
+class ClusterConfig:
+    """Where `launch/slurm.py` runs a job, and how many ranks `launch/sweep.py` gives one."""
+
+    name: str = MISSING
+    nodes: int = 1
+    ranks_per_node: int = 1
+    cpus_per_rank: int = 8
+    partition: str = ""
+    account: str = ""
+    time: str = "01:00:00"
+    setup: str = ""
+    """Shell lines before the launch, e.g. module loads."""
+
+
+@dataclass
+class SweepConfig:
+    """A grid of jobs for `launch/sweep.py`; each is a torchrun of its own."""
+
+    name: str = "none"
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Config key -> values; the jobs are the product."""
+    parallel_jobs: int = 1
+
+
+@dataclass
+class Config:
+    """All there is to a run."""
+
+    name: str = "run"
+    """The run folder is <output>/<name>."""
+    output: str = "runs"
+    seed: int = 0
+    mode: Mode = Mode.train
+    device: str = "auto"
+    """auto: CUDA when present, else cpu."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the name that configs/train.yaml starts from."""
+    ConfigStore.instance().store(name="schema", node=Config)

@@ -1,0 +1,22 @@
+"""Token sources and the order in which they are read."""
+
+from geon.data.bins import open_bins, write_bin
+from geon.data.codec import ByteCodec, Codec, load_codec
+from geon.data.corpus import Corpus, Split, stdlib_corpus, text_corpus
+from geon.data.order import Batches, sample_index
+from geon.data.synthetic import synthetic_corpus
+
+__all__ = [
+    "Batches",
+    "ByteCodec",
+    "Codec",
+    "Corpus",
+    "Split",
+    "load_codec",
+    "open_bins",
+    "sample_index",
+    "stdlib_corpus",
+    "synthetic_corpus",
+    "text_corpus",
+    "write_bin",
+]

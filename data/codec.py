@@ -1,0 +1,70 @@
+"""Text <-> token ids. A codec serialises to a string, which checkpoints carry."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from geon.errors import UsageError
+
+
+class Codec(ABC):
+    """A lossless tokenizer."""
+
+    vocab_size: int
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Bytes of some token ids; exact for every sequence of ids."""
+
+    @abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """Length in bytes of each token (vocab_size,)."""
+
+    @abstractmethod
+    def serialise(self) -> str:
+        """What `load_codec` reads."""
+
+
+class ByteCodec(Codec):
+    """One token a byte of UTF-8."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """Bytes of the text."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The ids themselves."""
+        return bytes(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """One each."""
+        return np.ones(256, dtype=np.int64)
+
+    def serialise(self) -> str:
+        """A word."""
+        return "bytes"
+
+
+def load_codec(serialised: str) -> Codec:
+    """Codec from the string that `serialise` gave.
+
+    Raises:
+        UsageError: the `tokenizers` package is needed and missing.
+    """
+    if serialised == "bytes":
+        return ByteCodec()
+    try:
+        from geon.data.bpe import BPECodec
+    except ImportError:
+        raise UsageError(
+            "this text was tokenized by BPE, which needs the 'tokenizers' package: "
+            "pip install 'geon[bpe]'; or read bytes with data.bpe_vocab=0"
+        ) from None
+    return BPECodec(serialised)

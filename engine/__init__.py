@@ -1,0 +1,1 @@
+"""The training engine: from a checked config to a finished run folder."""

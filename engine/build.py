@@ -1,0 +1,346 @@
+"""From config nodes to objects: the only place that instantiates them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from geon.configs.schema import (
+    Config,
+    DataConfig,
+    Init,
+    ModelConfig,
+    OptimConfig,
+    PolarConfig,
+    RuleConfig,
+    RuleKind,
+    Source,
+)
+from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
+from geon.engine.parallel import Parallel, planned_layout
+from geon.errors import UsageError, nearest
+from geon.models import MODELS, LanguageModel, ModelShape
+from geon.optim import (
+    MANIFOLDS,
+    NORMS,
+    AdamW,
+    Group,
+    HybridOptimizer,
+    Manifold,
+    Norm,
+    ParamInfo,
+    Polar,
+    Role,
+    Route,
+    Rule,
+    Spectral,
+    Stiefel,
+    matrices_of,
+    route,
+    table,
+)
+from geon.optim.shard import Plan, locate, make_plan
+
+ROLES = {
+    "hidden": {Role.HIDDEN},
+    "embedding": {Role.EMBEDDING},
+    "head": {Role.HEAD},
+    "tied": {Role.TIED},
+    "rest": {Role.GAIN, Role.BIAS, Role.SCALAR},
+}
+"""Which roles each rule of `optim` takes."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who steps what: rules by route name, and the route of each parameter."""
+
+    infos: list[ParamInfo]
+    assigned: dict[str, str]
+    rules: dict[str, Rule | AdamW]
+    configs: dict[str, RuleConfig]
+
+    def rule(self, info: ParamInfo) -> Rule | AdamW:
+        """Rule of a parameter."""
+        return self.rules[self.assigned[info.name]]
+
+    def table(self) -> str:
+        """The role/route table."""
+        described = {
+            name: f"lr {self.configs[name].lr:g}, {rule.describe()}"
+            for name, rule in self.rules.items()
+        }
+        return table(self.infos, self.assigned, described)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Plain containers, for JSON."""
+        return [
+            {
+                "name": info.name,
+                "shape": list(info.shape),
+                "role": str(info.role),
+                "splits": list(info.splits),
+                "route": self.assigned[info.name],
+                "rule": self.rule(info).describe(),
+                "lr": self.configs[self.assigned[info.name]].lr,
+            }
+            for info in self.infos
+        ]
+
+
+def make_corpus(config: DataConfig, seed: int) -> Corpus:
+    """Open the token source.
+
+    Raises:
+        UsageError: missing or bad data.
+    """
+    if config.source is Source.stdlib:
+        corpus = stdlib_corpus(config.val_percent)
+    elif config.source is Source.text:
+        corpus = text_corpus(config.path, config.val_percent, config.bpe_vocab)
+    elif config.source is Source.bins:
+        corpus = open_bins(config.train, config.val, config.vocab_size)
+    else:
+        corpus = synthetic_corpus(config.vocab_size, config.tokens, config.val_percent, seed)
+    if corpus.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"data.vocab_size {config.vocab_size} is below the {corpus.vocab_size} ids of "
+            f"{corpus.facts['name']}: set data.vocab_size={corpus.vocab_size}"
+        )
+    return corpus
+
+
+def make_model(config: ModelConfig) -> LanguageModel:
+    """Build the architecture on the meta device: shapes and roles, no memory."""
+    fields = {k: v for k, v in asdict(config).items() if k != "arch"}
+    with torch.device("meta"):
+        return MODELS[config.arch.value](ModelShape(**fields))
+
+
+def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
+    """Assign every parameter of a model to a rule.
+
+    Raises:
+        UsageError: an unknown norm or manifold, a pair without a solver, a parameter no rule takes.
+    """
+    infos = model.roles()
+    routes = [Route(name, pattern=o.pattern) for name, o in config.overrides.items()]
+    routes += [Route(name, frozenset(roles)) for name, roles in ROLES.items()]
+    assigned = route(infos, routes)
+    configs: dict[str, RuleConfig] = {
+        **{name: getattr(config, name) for name in ROLES},
+        **config.overrides,
+    }
+    used = {name: configs[name] for name in configs if name in assigned.values()}
+    rules = {name: make_rule(c, config.polar, f"optim.{name}") for name, c in used.items()}
+    return Routing(infos, assigned, rules, used)
+
+
+def make_rule(config: RuleConfig, polar: PolarConfig, key: str) -> Rule | AdamW:
+    """Build one rule; `key` is its place in the config, for messages."""
+    if config.rule is RuleKind.adamw:
+        if len(config.betas) != 2:
+            raise UsageError(f"{key}.betas needs two numbers, got {config.betas}")
+        return AdamW((config.betas[0], config.betas[1]), config.eps, config.weight_decay)
+    try:
+        return Rule(
+            norm=_make_norm(config, polar, key),
+            manifold=_make_manifold(config, key),
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            radius=config.radius,
+            decay=config.weight_decay,
+        )
+    except ValueError as error:
+        raise UsageError(f"{key}: {error}" if key not in str(error) else str(error)) from None
+
+
+def _make_norm(config: RuleConfig, polar: PolarConfig, key: str) -> Norm:
+    if config.norm not in NORMS:
+        raise UsageError(
+            f"{key}.norm '{config.norm}' is not one of {', '.join(NORMS)}."
+            f"{nearest(config.norm, list(NORMS))}"
+        )
+    if config.norm != "spectral":
+        return NORMS[config.norm]()
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    if polar.dtype not in dtypes:
+        raise UsageError(f"optim.polar.dtype '{polar.dtype}' is not one of {', '.join(dtypes)}")
+    steps = Polar(polar.coefficients, polar.steps, dtypes[polar.dtype])
+    return Spectral(scale=config.spectral_scale, polar=steps)
+
+
+def _make_manifold(config: RuleConfig, key: str) -> Manifold:
+    if config.manifold not in MANIFOLDS:
+        raise UsageError(
+            f"{key}.manifold '{config.manifold}' is not one of {', '.join(MANIFOLDS)}."
+            f"{nearest(config.manifold, list(MANIFOLDS))}"
+        )
+    if config.manifold == "stiefel":
+        return Stiefel(radius=config.radius)
+    return MANIFOLDS[config.manifold]()
+
+
+def make_batches(
+    config: Config, corpus: Corpus, rank: int, world: int
+) -> Batches:
+    """Cut the global batch over ranks and micro-batches.
+
+    Raises:
+        UsageError: the batch does not divide; names the nearest one that does.
+    """
+    context, tokens = config.model.context, config.data.batch_tokens
+    sequences, rest = divmod(tokens, context)
+    micro = config.data.micro_batch or max(1, sequences // world)
+    unit = context * world * micro
+    if rest or sequences == 0 or sequences % (world * micro):
+        nearby = max(1, round(tokens / unit)) * unit
+        raise UsageError(
+            f"data.batch_tokens {tokens} is not a multiple of {unit} = model.context {context} x "
+            f"{world} ranks x data.micro_batch {micro}: the nearest that divides is {nearby}"
+        )
+    return Batches(
+        corpus.train,
+        context,
+        sequences,
+        rank,
+        world,
+        micro,
+        config.seed,
+        config.data.shuffle,
+    )
+
+
+def initialise(model: LanguageModel, routing: Routing, seed: int) -> None:
+    """Set every weight: a function of (seed, name, shape), whatever the number of ranks.
+
+    Each rank draws the whole parameter, brings it to its rule's sphere or manifold, and keeps its
+    region; one whole parameter is in memory at a time.
+    """
+    params = dict(model.named_parameters())
+    for info in routing.infos:
+        digest = hashlib.sha256(f"{seed}/{info.name}".encode()).digest()
+        generator = Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        rule, config = routing.rule(info), routing.configs[routing.assigned[info.name]]
+        whole = model.initial(info, generator)
+        if isinstance(rule, Rule):
+            whole = _prepare(whole, info, rule, config.init, generator)
+        _keep_own(info, params[info.name], whole)
+
+
+def _prepare(
+    whole: Tensor, info: ParamInfo, rule: Rule, init: Init, generator: Generator
+) -> Tensor:
+    if init is Init.boundary and whole.dim() == 2 and bool(whole.any()):
+        shapes = [(stop - start, whole.shape[1]) for start, stop in info.parts]
+        whole = torch.cat([rule.norm.init(shape, generator) * rule.radius for shape in shapes])
+    if rule.manifold.constrains:
+        try:
+            whole = torch.cat([rule.manifold.project(whole[a:b]) for a, b in info.parts])
+        except ValueError as error:
+            raise UsageError(f"parameter '{info.name}': {error}") from None
+    return whole
+
+
+@torch.no_grad()
+def _keep_own(info: ParamInfo, param: Tensor, whole: Tensor) -> None:
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(param, DTensor):
+        param.copy_(whole)
+        return
+    layout, _, group = locate(info.name, param)
+    rank = torch.distributed.get_rank(group) if group is not None else 0
+    own = (whole if whole.dim() == 2 else whole.view(1, -1))[layout.region(rank).slices]
+    local = param.to_local()
+    local.copy_(own.reshape(local.shape))
+
+
+def make_optimizer(model: LanguageModel, routing: Routing, config: Config) -> HybridOptimizer:
+    """Build the optimizer over a placed model."""
+    params = dict(model.named_parameters())
+    groups = [
+        Group(
+            name,
+            rule,
+            routing.configs[name].lr,
+            [(i, params[i.name]) for i in routing.infos if routing.assigned[i.name] == name],
+        )
+        for name, rule in routing.rules.items()
+    ]
+    return HybridOptimizer(groups, max_buffer_mb=config.shard.max_buffer_mb)
+
+
+def plan_ahead(config: Config, routing: Routing, world: int) -> Plan:
+    """The plan that `world` ranks will follow, made without any of them."""
+    matrices = []
+    for info in routing.infos:
+        rule = routing.rule(info)
+        if isinstance(rule, AdamW):
+            continue
+        layout = planned_layout(info.shape, config.parallel, world)
+        group = "shard" if layout.ranks > 1 else ""
+        matrices += matrices_of(info, routing.assigned[info.name], rule, layout, group)
+    return make_plan(matrices, config.shard.max_buffer_mb)
+
+
+def report_plan(config: Config, world: int) -> str:
+    """What `mode=plan` prints: roles, routes and bytes, without a process group or a GPU."""
+    model = make_model(config.model)
+    routing = make_routing(model, config.optim)
+    plan = plan_ahead(config, routing, world)
+    if config.plan.format.value == "json":
+        return json.dumps(plan_facts(model, routing, plan), indent=2)
+    return f"{routing.table()}\n\n{plan.table()}\n\n{describe(model)}"
+
+
+def plan_facts(model: LanguageModel, routing: Routing, plan: Plan) -> dict[str, Any]:
+    """Content of plan.json."""
+    return {
+        "parameters": model.parameter_count(),
+        "flops_per_token": model.flops_per_token(),
+        "routes": routing.to_dict(),
+        **plan.to_dict(),
+        "digest": plan.digest(),
+    }
+
+
+def describe(model: LanguageModel) -> str:
+    """One line of sizes."""
+    return (
+        f"{type(model).__name__}: {model.parameter_count():,} parameters, "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token (forward and backward)"
+    )
+
+
+def fingerprint(model: LanguageModel) -> Mapping[str, Any]:
+    """What makes two models the same for a checkpoint."""
+    return {"class": type(model).__name__, **asdict(model.shape)}
+
+
+@dataclass
+class Run:
+    """Everything a trainer needs, built and checked; nothing written yet."""
+
+    config: Config
+    parallel: Parallel
+    corpus: Corpus
+    batches: Batches
+    model: LanguageModel
+    routing: Routing
+    optimizer: HybridOptimizer
+
+
+def build(config: Config, parallel: Parallel, corpus: Corpus, batches: Batches) -> Run:
+    """Place, initialise and wrap the model, and build its optimizer."""
+    model = make_model(config.model)
+    routing = make_routing(model, config.optim)
+    parallel.place(model)
+    initialise(model, routing, config.seed)
+    parallel.wrap(model)
+    optimizer = make_optimizer(model, routing, config)
+    return Run(config, parallel, corpus, batches, model, routing, optimizer)

@@ -1,0 +1,238 @@
+"""What happens around the loop: logging, evaluation, checkpoints, spectra."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from geon.engine import checkpoint
+from geon.engine.build import fingerprint
+from geon.engine.evaluate import Evaluation, evaluate
+from geon.engine.metrics import peak_flops
+from geon.engine.trainer import Callback, Trainer
+from geon.optim import Role, Rule
+
+
+class Progress(Callback):
+    """Metrics every few steps, and a bar on a terminal or lines elsewhere."""
+
+    def __init__(self, every: int, show: bool) -> None:
+        self.every = every
+        self.show = show
+        self._bar: Any = None
+        self._last = (0, 0.0)
+        self._losses: list[Tensor] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the bar."""
+        self._last = (trainer.step, time.perf_counter())
+        if trainer.run.parallel.env.main and self.show:
+            self._bar = tqdm(
+                total=trainer.run.config.schedule.steps,
+                initial=trainer.step,
+                unit="step",
+                disable=None,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            )
+
+    def on_step(self, trainer: Trainer) -> None:
+        """Advance the bar; log at intervals."""
+        self._losses.append(trainer.loss)
+        if self._bar is not None:
+            self._bar.update(1)
+        ends = trainer.progress >= 1.0
+        if trainer.step % self.every and not ends:
+            return
+        loss = trainer.run.parallel.mean(torch.stack(self._losses).mean()).item()
+        self._losses.clear()
+        trainer.check_finite(loss)
+        record = self._record(trainer, loss)
+        trainer.log("train", record)
+        self._print(trainer, record)
+
+    def _record(self, trainer: Trainer, loss: float) -> dict[str, Any]:
+        run = trainer.run
+        model_seconds, optimizer_seconds = trainer.stopwatch.read()
+        steps, now = trainer.step - self._last[0], time.perf_counter()
+        rate = steps * run.config.data.batch_tokens / (now - self._last[1])
+        self._last = (trainer.step, now)
+        record = {
+            "loss": loss,
+            "tokens": trainer.tokens,
+            "elapsed": trainer.elapsed,
+            "tokens_per_second": rate,
+            "lr_fraction": run.optimizer.param_groups[0]["lr"]
+            / run.optimizer.param_groups[0]["peak_lr"],
+            "step_seconds": (model_seconds + optimizer_seconds) / steps,
+            "optimizer_share": optimizer_seconds / (model_seconds + optimizer_seconds),
+            "matrices_orthogonalized": run.optimizer.plan.orthogonalized,
+            "optimizer_bytes_sent": run.optimizer.exchange.bytes_sent,
+            "flops_per_second": rate * run.model.flops_per_token(),
+        }
+        if trainer.grad_norm is not None:
+            record["grad_norm_elementwise"] = trainer.grad_norm
+        peak = peak_flops(run.parallel.device)
+        if peak is not None:
+            record["mfu"] = record["flops_per_second"] / (peak * run.parallel.env.world)
+        return record
+
+    def _print(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if self._bar is None:
+            return
+        left = trainer.elapsed * (1.0 / max(trainer.progress, 1e-9) - 1.0)
+        text = (
+            f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s, "
+            f"{max(left, 0):.0f} s left"
+        )
+        if self._bar.disable:
+            print(f"step {trainer.step}: {text}", flush=True)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Evaluator(Callback):
+    """Validation loss every few steps and at the end."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.last: Evaluation | None = None
+
+    def on_step(self, trainer: Trainer) -> None:
+        """Evaluate at intervals, but not at the end twice."""
+        if self.every and trainer.step % self.every == 0 and trainer.progress < 1.0:
+            self.evaluate(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Evaluate the result."""
+        self.evaluate(trainer)
+
+    def evaluate(self, trainer: Trainer) -> None:
+        """Run and log one evaluation."""
+        run = trainer.run
+        self.last = evaluate(
+            run.parallel,
+            run.corpus,
+            run.config.model.context,
+            run.config.data.val_tokens,
+            run.config.eval.batch,
+        )
+        record = {"tokens": trainer.tokens, "elapsed": trainer.elapsed}
+        trainer.log("eval", record | self.last.to_dict())
+
+
+class Checkpointer(Callback):
+    """Saves every few steps and at the end."""
+
+    def __init__(self, every: int, keep: int) -> None:
+        self.every = every
+        self.keep = keep
+        self._saved: int | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """A resumed step needs no second checkpoint."""
+        self._saved = trainer.step if trainer.step else None
+
+    def on_step(self, trainer: Trainer) -> None:
+        """Save at intervals."""
+        if self.every and trainer.step % self.every == 0:
+            self.save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Save the result."""
+        if self._saved != trainer.step:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write one checkpoint."""
+        run = trainer.run
+        codec = run.corpus.codec
+        facts = {
+            "elapsed": trainer.elapsed,
+            "tokens": trainer.tokens,
+            "world": run.parallel.env.world,
+            "model": fingerprint(run.model),
+            "optim": run.config.optim.name,
+            "seed": run.config.seed,
+            "data": run.corpus.facts,
+            "codec": codec.serialise() if codec else None,
+            "torch": torch.__version__,
+        }
+        checkpoint.save(
+            trainer.folder / "checkpoints",
+            trainer.step,
+            run.model,
+            run.optimizer.state_tensors(),
+            facts,
+            self.keep,
+            run.parallel,
+        )
+        self._saved = trainer.step
+
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+class Spectrum(Callback):
+    """Singular values of the hidden matrices, scaled so that RMS -> RMS norm 1 is 1.
+
+    Cost: gathers every hidden matrix, and one SVD each on the main rank.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Record the start."""
+        if trainer.step == 0:
+            self.record(trainer)
+
+    def on_step(self, trainer: Trainer) -> None:
+        """Record at intervals and at the end."""
+        if trainer.step % self.every == 0 or trainer.progress >= 1.0:
+            self.record(trainer)
+
+    @torch.no_grad()
+    def record(self, trainer: Trainer) -> None:
+        """Log quantiles over all hidden matrices, and the largest manifold residual."""
+        run = trainer.run
+        params = dict(run.model.named_parameters())
+        values, residuals = [], [torch.zeros(())]
+        for info in run.routing.infos:
+            if info.role is not Role.HIDDEN:
+                continue
+            param: Any = params[info.name]
+            whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+            if not run.parallel.env.main:
+                continue
+            rule = run.routing.rule(info)
+            for start, stop in info.parts:
+                part = whole[start:stop].float()
+                scale = (part.shape[1] / part.shape[0]) ** 0.5
+                values.append(torch.linalg.svdvals(part).cpu() * scale)
+                if isinstance(rule, Rule):
+                    residuals.append(rule.manifold.residual(part).cpu())
+        if values:
+            points = torch.tensor(QUANTILES)
+            trainer.log(
+                "spectrum",
+                {
+                    "quantiles": list(QUANTILES),
+                    "singular_values": torch.quantile(torch.cat(values), points).tolist(),
+                    "manifold_residual": float(torch.stack(residuals).max()),
+                },
+            )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON for people: indented, with a last line end."""
+    path.write_text(json.dumps(content, indent=2) + "\n")

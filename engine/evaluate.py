@@ -1,0 +1,79 @@
+"""Validation loss in nats per token and per byte, on every rank's share of the text."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from geon.data import Corpus
+from geon.engine.parallel import Parallel
+from geon.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss over a run of validation tokens.
+
+    nats_per_byte is None when the ids' text is not known.
+    """
+
+    tokens: int
+    nats_per_token: float
+    nats_per_byte: float | None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """For the log."""
+        return {f"val_{k}": v for k, v in asdict(self).items()}
+
+
+def val_windows(corpus: Corpus, context: int, val_tokens: int) -> int:
+    """Windows that are evaluated: consecutive ones from the start, `val_tokens` at most.
+
+    Raises:
+        UsageError: not one whole window.
+    """
+    available = (len(corpus.val) - 1) // context
+    windows = min(available, val_tokens // context) if val_tokens else available
+    if windows < 1:
+        raise UsageError(
+            f"{corpus.val.name}: data.val_tokens {val_tokens} of {len(corpus.val)} tokens do not "
+            f"fill one window of model.context {context}"
+        )
+    return windows
+
+
+def val_text(corpus: Corpus, context: int, windows: int) -> bytes:
+    """The bytes that those windows predict: all but the first token's."""
+    if corpus.codec is None:
+        return b""
+    lengths = corpus.codec.token_bytes()
+    ids = corpus.val.window(0, windows * context + 1)
+    first = int(lengths[ids[0]])
+    return corpus.val_text[first : first + int(lengths[ids[1:]].sum())]
+
+
+@torch.no_grad()
+def evaluate(
+    parallel: Parallel, corpus: Corpus, context: int, val_tokens: int, batch: int
+) -> Evaluation:
+    """Evaluate windows of `context` tokens that do not overlap. Every rank must call this.
+
+    Batches go to ranks in turn; a rank that has none left repeats the first with weight zero,
+    because sharded ranks must run the same number of forward passes.
+    """
+    windows = val_windows(corpus, context, val_tokens)
+    batches = [range(i, min(i + batch, windows)) for i in range(0, windows, batch)]
+    rank, world = parallel.env.rank, parallel.env.world
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    for turn in range(-(-len(batches) // world)):
+        mine = turn * world + rank
+        chosen = batches[mine] if mine < len(batches) else batches[0]
+        rows = np.stack([corpus.val.window(w * context, context + 1) for w in chosen])
+        tokens = torch.from_numpy(rows.astype(np.int64)).to(parallel.device)
+        loss = parallel.loss(tokens[:, :-1], tokens[:, 1:])
+        if mine < len(batches):
+            total += loss.double() * len(chosen) * context
+    count = windows * context
+    nats = parallel.sum(total).item()
+    size = len(val_text(corpus, context, windows))
+    return Evaluation(count, nats / count, nats / size if size else None)

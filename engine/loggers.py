@@ -1,0 +1,113 @@
+"""Where metrics go: metrics.jsonl always, Weights & Biases and TensorBoard when asked."""
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from geon.configs.schema import LoggerConfig
+from geon.engine.runfolder import METRICS
+from geon.errors import UsageError
+
+
+class Logger(ABC):
+    """Takes one flat record at a time, on the main rank."""
+
+    @abstractmethod
+    def write(self, record: dict[str, Any]) -> None:
+        """Log a record; it has "kind" and "step"."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to close is the common case
+        """Flush and release."""
+
+
+class Jsonl(Logger):
+    """One JSON object a line, flushed as written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / METRICS).open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Wandb(Logger):
+    """Weights & Biases. The API key comes from its own environment or netrc, never from here."""
+
+    def __init__(self, folder: Path, config: LoggerConfig, name: str, settings: Any) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError("logger=wandb needs the package: pip install 'geon[wandb]'") from None
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=name,
+            id=name,
+            resume="allow",
+            dir=folder,
+            mode=config.wandb_mode,  # type: ignore[arg-type]
+            config=settings,
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log numbers under their kind, against our own step."""
+        numbers = {
+            f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, int | float)
+        }
+        self._run.log({**numbers, "step": record["step"]})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Tensorboard(Logger):
+    """TensorBoard event files in <run>/tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError(
+                "logger=tensorboard needs the package: pip install 'geon[tensorboard]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log numbers under their kind."""
+        for key, value in record.items():
+            if isinstance(value, int | float) and key != "step":
+                self._writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+def check_loggers(config: LoggerConfig) -> None:
+    """Refuse loggers whose package is missing, before a run folder exists.
+
+    Raises:
+        UsageError: names the package to install.
+    """
+    from importlib.util import find_spec
+
+    for wanted, package in ((config.wandb, "wandb"), (config.tensorboard, "tensorboard")):
+        if wanted and find_spec(package) is None:
+            raise UsageError(f"logger={package} needs the package: pip install 'geon[{package}]'")
+
+
+def open_loggers(folder: Path, config: LoggerConfig, name: str, settings: Any) -> list[Logger]:
+    """Loggers that the config asks for."""
+    loggers: list[Logger] = [Jsonl(folder)]
+    if config.wandb:
+        loggers.append(Wandb(folder, config, name, settings))
+    if config.tensorboard:
+        loggers.append(Tensorboard(folder))
+    return loggers

@@ -1,0 +1,151 @@
+"""One run from a checked config: validate, build, make the folder, fit."""
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from geon.configs.schema import Config, Mode
+from geon.engine import build, checkpoint, runfolder
+from geon.engine.callbacks import Checkpointer, Evaluator, Progress, Spectrum, write_json
+from geon.engine.evaluate import val_windows
+from geon.engine.loggers import check_loggers, open_loggers
+from geon.engine.parallel import Parallel, shard_ranks, start
+from geon.engine.report import Report
+from geon.engine.trainer import Callback, Trainer
+from geon.errors import UsageError
+from geon.launch.env import Env
+
+
+def execute(config: Config, env: Env) -> None:
+    """Do what `config.mode` says.
+
+    Raises:
+        UsageError: bad input, found before a process group or a run folder exists wherever the
+            input allows.
+    """
+    if config.mode is Mode.plan:
+        if env.main:
+            print(build.report_plan(config, config.plan.world_size or env.world))
+        return
+    train(config, env)
+
+
+def train(config: Config, env: Env) -> None:
+    """Train one run to its end."""
+    shard_ranks(config.parallel, env.world)
+    check_loggers(config.logger)
+    corpus = build.make_corpus(config.data, config.seed)
+    batches = build.make_batches(config, corpus, env.rank, env.world)
+    val_windows(corpus, config.model.context, config.data.val_tokens)
+    resume = _find_resume(config)
+    parallel = start(config.parallel, config.device, env)
+    try:
+        run = build.build(config, parallel, corpus, batches)
+        folder = Path(config.output) / config.name
+        trainer = Trainer(run, folder, _callbacks(config))
+        if resume is not None:
+            _resume(trainer, resume)
+        parallel.barrier()
+        if env.main:
+            _prepare_folder(trainer, resume)
+        parallel.barrier()
+        trainer.fit()
+    finally:
+        parallel.close()
+
+
+def _callbacks(config: Config) -> list[Callback]:
+    evaluator = Evaluator(config.eval.every)
+    callbacks: list[Callback] = [
+        Progress(config.logger.every, config.logger.progress),
+        evaluator,
+        Checkpointer(config.checkpoint.every, config.checkpoint.keep),
+        Report(evaluator),
+    ]
+    if config.logger.spectrum_every:
+        callbacks.insert(1, Spectrum(config.logger.spectrum_every))
+    return callbacks
+
+
+def _find_resume(config: Config) -> Path | None:
+    """Checkpoint to start from, checked against the model.
+
+    Raises:
+        UsageError: a path without a checkpoint, or a checkpoint of another model.
+    """
+    wish = config.checkpoint.resume
+    if wish == "never":
+        return None
+    place = Path(config.output) / config.name if wish == "auto" else Path(wish).expanduser()
+    found = checkpoint.find(place)
+    if found is None and wish != "auto":
+        raise UsageError(
+            f"checkpoint.resume '{wish}' holds no committed checkpoint "
+            "(expected a run folder, or auto, or never)"
+        )
+    if found is not None:
+        facts = checkpoint.read_commit(found)
+        own = build.fingerprint(build.make_model(config.model))
+        checkpoint.check_same_model(found, facts, own)
+    return found
+
+
+def _resume(trainer: Trainer, path: Path) -> None:
+    run = trainer.run
+    facts = checkpoint.read_commit(path)
+    checkpoint.load(path, run.model, run.optimizer.state_tensors(), run.parallel)
+    trainer.step, trainer.elapsed = facts["step"], facts["elapsed"]
+    if run.parallel.env.main:
+        print(f"resuming from {path} at step {trainer.step}", flush=True)
+
+
+def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
+    """Make or continue the run folder, and open the loggers (main rank)."""
+    run, folder = trainer.run, trainer.folder
+    continued = resume is not None and folder in resume.parents
+    if continued:
+        runfolder.drop_after(folder, trainer.step)
+        for path in checkpoint.drop_unfinished(folder / "checkpoints"):
+            print(f"removed unfinished checkpoint {path}", flush=True)
+    elif (aside := runfolder.move_aside(folder)) is not None:
+        print(f"moved the earlier run to {aside}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = plain(asdict(run.config))
+    OmegaConf.save(OmegaConf.create(settings), folder / runfolder.CONFIG)
+    facts = build.plan_facts(run.model, run.routing, run.optimizer.plan)
+    write_json(folder / runfolder.PLAN, facts)
+    trainer.loggers = open_loggers(folder, run.config.logger, run.config.name, settings)
+    trainer.log(
+        "start",
+        {
+            "data": run.corpus.facts,
+            "parameters": run.model.parameter_count(),
+            "flops_per_token": run.model.flops_per_token(),
+            "ranks": run.parallel.env.world,
+            "accumulation": run.batches.accumulation,
+        },
+    )
+    print(_headline(run.parallel, trainer), flush=True)
+
+
+def _headline(parallel: Parallel, trainer: Trainer) -> str:
+    run = trainer.run
+    return (
+        f"{run.routing.table()}\n{run.optimizer.plan.table()}\n{build.describe(run.model)}\n"
+        f"data: {run.corpus.facts}\n"
+        f"{parallel.env.world} ranks on {parallel.device.type}, "
+        f"{run.config.data.batch_tokens:,} tokens a step in {run.batches.accumulation} "
+        f"micro-batches a rank"
+    )
+
+
+def plain(value: Any) -> Any:
+    """Enums to their names, all the way down."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value.value if isinstance(value, Enum) else value

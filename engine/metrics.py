@@ -1,0 +1,82 @@
+"""Figures about a run: timing, hardware peaks, entropy yardsticks."""
+
+import bz2
+import math
+import time
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+# Dense bf16 peak, FLOP/s, from the vendors' data sheets; matched against the device's name.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of the device, or None when it is not in the table (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of the two parts of a step, summed since the last `read`.
+
+    On a GPU the marks are events in the stream, read later, so measuring never waits for it.
+    """
+
+    device: torch.device
+    _marks: list[list[float | torch.cuda.Event]] = field(default_factory=list)
+
+    def mark(self, first: bool = False) -> None:
+        """Mark a point in time; `first` starts a step."""
+        if first:
+            self._marks.append([])
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks[-1].append(event)
+        else:
+            self._marks[-1].append(time.perf_counter())
+
+    def read(self) -> tuple[float, float]:
+        """(seconds before, seconds after) the middle mark, over all steps since the last read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before = sum(_between(m[0], m[1]) for m in self._marks)
+        after = sum(_between(m[1], m[2]) for m in self._marks)
+        self._marks.clear()
+        return before, after
+
+
+def _between(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> float:
+    if isinstance(start, float) and isinstance(stop, float):
+        return stop - start
+    return start.elapsed_time(stop) / 1e3  # type: ignore[union-attr, arg-type]
+
+
+def yardsticks(text: bytes) -> dict[str, float]:
+    """What simple coders need for a text, nats per byte.
+
+    order0: entropy of the byte counts; zlib and bz2: compressed size at level 9.
+    """
+    if not text:
+        return {}
+    counts = Counter(text).values()
+    n = len(text)
+    return {
+        "order0": -sum(c / n * math.log(c / n) for c in counts),
+        "zlib": len(zlib.compress(text, 9)) * 8 * math.log(2) / n,
+        "bz2": len(bz2.compress(text, 9)) * 8 * math.log(2) / n,
+    }

@@ -1,0 +1,131 @@
+"""The end of a run: sample, pictures, report.json and the table that is printed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from geon.engine.callbacks import Evaluator, write_json
+from geon.engine.evaluate import val_text, val_windows
+from geon.engine.metrics import yardsticks
+from geon.engine.runfolder import REPORT, read_metrics
+from geon.engine.sample import sample
+from geon.engine.trainer import Callback, Trainer
+
+_BITS = 1.0 / np.log(2.0)
+
+
+class Report(Callback):
+    """Last callback: everything a reader wants from a finished run."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Sample on every rank; write and print on the main one."""
+        text = self._sample(trainer)
+        if not trainer.run.parallel.env.main:
+            return
+        facts = self._facts(trainer)
+        write_json(trainer.folder / REPORT, facts)
+        draw(trainer.folder, facts)
+        if text is not None:
+            (trainer.folder / "sample.txt").write_text(text)
+            print(f"\n--- sample ---\n{text}\n--------------")
+        print(f"\n{table(facts)}")
+
+    def _sample(self, trainer: Trainer) -> str | None:
+        run, config = trainer.run, trainer.run.config.eval
+        codec = run.corpus.codec
+        if not config.sample_tokens or codec is None:
+            return None
+        ids = codec.encode(config.sample_prompt or "\n").astype(np.int64)
+        tokens = sample(
+            run.model,
+            torch.from_numpy(ids).to(run.parallel.device),
+            config.sample_tokens,
+            config.sample_temperature,
+            torch.Generator().manual_seed(run.config.seed),
+        )
+        return codec.decode(tokens.tolist()).decode("utf-8", errors="replace")
+
+    def _facts(self, trainer: Trainer) -> dict[str, Any]:
+        run = trainer.run
+        evaluation = self._evaluator.last
+        assert evaluation is not None
+        train = read_metrics(trainer.folder, "train")
+        context = run.config.model.context
+        windows = val_windows(run.corpus, context, run.config.data.val_tokens)
+        text = val_text(run.corpus, context, windows)
+        return {
+            "name": run.config.name,
+            "optim": run.config.optim.name,
+            "parameters": run.model.parameter_count(),
+            "ranks": run.parallel.env.world,
+            "layout": run.config.parallel.layout.value,
+            "steps": trainer.step,
+            "tokens": trainer.tokens,
+            "train_bytes_seen": _bytes_seen(trainer),
+            "train_seconds": trainer.elapsed,
+            **evaluation.to_dict(),
+            "val_bytes": len(text),
+            **yardsticks(text),
+            "tokens_per_second": float(np.median([r["tokens_per_second"] for r in train]))
+            if train
+            else None,
+            "optimizer_share": float(np.median([r["optimizer_share"] for r in train]))
+            if train
+            else None,
+            "matrices_orthogonalized_per_step": run.optimizer.plan.orthogonalized,
+            "data": run.corpus.facts,
+            "torch": torch.__version__,
+            "folder": str(trainer.folder),
+        }
+
+
+def _bytes_seen(trainer: Trainer) -> int | None:
+    """Bytes of text trained on: exact for bytes, by the mean token length for BPE."""
+    corpus = trainer.run.corpus
+    if corpus.codec is None:
+        return None
+    mean = len(corpus.val_text) / len(corpus.val)
+    return round(trainer.tokens * mean)
+
+
+def draw(folder: Path, facts: dict[str, Any]) -> list[Path]:
+    """Draw the pictures of a run folder."""
+    from geon.engine.plots import plot_loss, plot_spectrum
+
+    lines = {k: facts[k] for k in ("zlib", "bz2") if k in facts}
+    drawn = [plot_loss(folder, lines), plot_spectrum(folder)]
+    return [path for path in drawn if path is not None]
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The closing table, for people."""
+    rows: list[tuple[str, str]] = [
+        ("model", f"{facts['parameters']:,} parameters, optim={facts['optim']}"),
+        ("ranks", f"{facts['ranks']}, parallel={facts['layout']}"),
+        ("trained", f"{facts['steps']:,} steps, {facts['tokens']:,} tokens, "
+                    f"{facts['train_seconds']:.0f} s"),
+    ]  # fmt: skip
+    if facts["train_bytes_seen"]:
+        rows.append(("bytes seen", f"{facts['train_bytes_seen']:,}"))
+    if facts["val_nats_per_byte"] is None:
+        rows.append(("validation", f"{facts['val_nats_per_token']:.4f} nats/token"))
+    else:
+        rows.append(("validation", _nats_and_bits(facts["val_nats_per_byte"])))
+        labels = {"order0": "  order-0 entropy", "zlib": "  zlib -9", "bz2": "  bz2 -9"}
+        rows += [(label, _nats_and_bits(facts[key])) for key, label in labels.items()]
+    if facts["optimizer_share"] is not None:
+        rows.append(("speed", f"{facts['tokens_per_second']:,.0f} tokens/s"))
+        rows.append(("optimizer", f"{facts['optimizer_share']:.1%} of step time, "
+                     f"{facts['matrices_orthogonalized_per_step']} matrices orthogonalized "
+                     "per step"))  # fmt: skip
+    rows.append(("files", facts["folder"]))
+    return "\n".join(f"{label:<18} {value}" for label, value in rows)
+
+
+def _nats_and_bits(nats: float) -> str:
+    return f"{nats:.4f} nats/byte   {nats * _BITS:.4f} bits/byte"

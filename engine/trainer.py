@@ -1,0 +1,122 @@
+"""The loop: read, forward, backward, step. All else is a callback."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geon.engine.build import Run
+from geon.engine.loggers import Logger
+from geon.engine.metrics import Stopwatch
+from geon.engine.schedule import fraction
+
+
+class Callback:
+    """Hooks into a run; every rank calls every hook, so that hooks may communicate."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Before the first step, after a resume."""
+
+    def on_step(self, trainer: "Trainer") -> None:
+        """After each step; `trainer.step` steps lie behind."""
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """After the last step."""
+
+
+class Trainer:
+    """Takes a built run to its last step.
+
+    Attributes:
+        step: steps taken, over resumes; with it goes the whole data state.
+        elapsed: seconds of training, over resumes.
+        loss: mean loss of the last step over this rank's tokens, on the device.
+    """
+
+    def __init__(self, run: Run, folder: Path, callbacks: Sequence[Callback]) -> None:
+        self.run = run
+        self.folder = folder
+        self.callbacks = callbacks
+        self.loggers: list[Logger] = []
+        self.step = 0
+        self.elapsed = 0.0
+        self.loss = torch.zeros((), device=run.parallel.device)
+        self.grad_norm: float | None = None
+        self.stopwatch = Stopwatch(run.parallel.device)
+        self._resumed_at = time.perf_counter()
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that lies behind; by the clock when the budget is tighter."""
+        schedule = self.run.config.schedule
+        done = self.step / schedule.steps
+        if schedule.budget_seconds:
+            done = max(done, self.elapsed / schedule.budget_seconds)
+        return done
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.step * self.run.config.data.batch_tokens
+
+    def log(self, kind: str, record: dict[str, Any]) -> None:
+        """Send a record to the loggers (main rank only)."""
+        for logger in self.loggers:
+            logger.write({"kind": kind, "step": self.step, **record})
+
+    def fit(self) -> None:
+        """Train to the end of the schedule, then let the callbacks finish."""
+        for callback in self.callbacks:
+            callback.on_start(self)
+        self._resumed_at = time.perf_counter() - self.elapsed
+        while self.progress < 1.0:
+            self.train_step()
+            for callback in self.callbacks:
+                callback.on_step(self)
+        for callback in self.callbacks:
+            callback.on_end(self)
+        for logger in self.loggers:
+            logger.close()
+
+    def train_step(self) -> None:
+        """One optimizer step over the global batch of `self.step`."""
+        run, parallel = self.run, self.run.parallel
+        run.optimizer.set_lr(fraction(run.config.schedule, self.progress))
+        self.stopwatch.mark(first=True)
+        micros = run.batches.step(self.step)
+        total = torch.zeros((), device=parallel.device)
+        for i, (tokens, targets) in enumerate(micros):
+            with parallel.gradients(last=i == len(micros) - 1):
+                loss = parallel.loss(tokens.to(parallel.device), targets.to(parallel.device))
+                (loss / len(micros)).backward()
+            total += loss.detach() / len(micros)
+        self.loss = total
+        self.stopwatch.mark()
+        if run.config.optim.max_norm:
+            self.grad_norm = run.optimizer.clip_entries_(run.config.optim.max_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        self.stopwatch.mark()
+        self.step += 1
+        self._read_clock()
+
+    def _read_clock(self) -> None:
+        self.elapsed = time.perf_counter() - self._resumed_at
+        if self.run.config.schedule.budget_seconds:
+            # Ranks must agree on when to stop and on the learning rate.
+            self.elapsed = self.run.parallel.from_main(self.elapsed)
+
+    def check_finite(self, loss: float) -> None:
+        """Stop a diverged run.
+
+        Raises:
+            FloatingPointError: on every rank, naming the step.
+        """
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step}: lower optim.lr; the last checkpoint "
+                f"under {self.folder} is from before"
+            )

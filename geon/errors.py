@@ -1,0 +1,17 @@
+"""The one exception that means: the input is wrong, and here is what to change."""
+
+
+class UsageError(ValueError):
+    """Bad input from the user.
+
+    The message names the value, what was expected, and the config key (or flag) to change.
+    Command lines print it without a traceback and exit with status 2.
+    """
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """Return ' Did you mean X?' for the closest choice, or '' when nothing is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,1 @@
+"""Starting ranks: what the launcher told this process, torchrun children, sbatch files, grids."""

@@ -1,0 +1,58 @@
+"""What the launcher told this process: the only place that reads the environment."""
+
+import os
+from dataclasses import dataclass
+
+from geon.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Env:
+    """This process among the others.
+
+    Attributes:
+        rank, world: position among all processes, and their number.
+        local_rank: position on this machine; picks the GPU.
+        launched: whether torchrun (or an equal) set the rendezvous variables.
+        restart: how often torchrun has restarted the job.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    launched: bool = False
+    restart: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def read_env() -> Env:
+    """Read the variables that torchrun sets.
+
+    Raises:
+        UsageError: only some of them are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = [name for name in names if name in os.environ]
+    if not found:
+        return Env()
+    if len(found) < len(names):
+        missing = ", ".join(sorted(set(names) - set(found)))
+        raise UsageError(
+            f"environment sets {', '.join(found)} but not {missing}: start ranks with torchrun"
+        )
+    return Env(
+        rank=int(os.environ["RANK"]),
+        world=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        launched=True,
+        restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+
+
+def wants_traceback() -> bool:
+    """Whether the user asked for tracebacks, as Hydra users do."""
+    return os.environ.get("HYDRA_FULL_ERROR", "0") == "1"

@@ -1,0 +1,51 @@
+"""One torchrun child on this machine."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def torchrun_command(
+    ranks: int, arguments: Sequence[str], program: Path = ROOT / "train.py"
+) -> list[str]:
+    """Command line that starts `ranks` processes of a program on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={ranks}", str(program), *arguments]
+
+
+def command(ranks: int, arguments: Sequence[str]) -> list[str]:
+    """Command line of a training job: plain python for one rank, torchrun for more."""
+    if ranks == 1:
+        return [sys.executable, str(ROOT / "train.py"), *arguments]
+    return torchrun_command(ranks, arguments)
+
+
+def run(
+    ranks: int,
+    arguments: Sequence[str],
+    *,
+    threads: int | None = None,
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a training job to its end and capture what it printed.
+
+    threads: CPU threads of each rank; None leaves the launcher's choice.
+    """
+    env = {**os.environ, **(environment or {})}
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
+    return subprocess.run(
+        command(ranks, arguments),
+        env=env,
+        cwd=cwd,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

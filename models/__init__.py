@@ -1,0 +1,9 @@
+"""Architectures: one file each; the table below is the only registry."""
+
+from geon.models.base import LanguageModel, ModelShape
+from geon.models.gpt import GPT
+from geon.models.gpt2 import GPT2
+
+MODELS: dict[str, type[LanguageModel]] = {"gpt": GPT, "gpt2": GPT2}
+
+__all__ = ["GPT", "GPT2", "MODELS", "LanguageModel", "ModelShape"]

@@ -1,0 +1,140 @@
+"""What every architecture offers the recipe: roles, units to shard, costs, and its initial draw."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from geon.errors import UsageError
+from geon.optim.roles import ParamInfo, Role
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes and options of a decoder; every architecture reads the same fields.
+
+    Attributes:
+        vocab_size: number of token ids.
+        context: longest sequence, tokens.
+        n_layer: blocks.
+        n_head: attention heads; divides d_model.
+        d_model: width.
+        mlp_ratio: hidden width of the MLP over d_model.
+        softcap: logits become softcap * tanh(logits / softcap); 0 leaves them.
+        fused_qkv: one projection for q, k and v, with its splits declared.
+        zero_init_proj: start output projections and head at zero.
+        rope_base: base of the rotary frequencies.
+    """
+
+    vocab_size: int
+    context: int
+    n_layer: int
+    n_head: int
+    d_model: int
+    mlp_ratio: int = 4
+    softcap: float = 0.0
+    fused_qkv: bool = False
+    zero_init_proj: bool = False
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "context", "n_layer", "n_head", "d_model", "mlp_ratio"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"model.{field} must be positive, got {getattr(self, field)}")
+        if self.d_model % self.n_head:
+            raise UsageError(
+                f"model.d_model {self.d_model} does not divide into model.n_head {self.n_head}"
+            )
+        if self.head_dim % 2:
+            raise UsageError(
+                f"model.d_model / model.n_head = {self.head_dim}: rotary positions need it even"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_head
+
+
+class LanguageModel(nn.Module, ABC):
+    """A causal language model: tokens (batch, time) -> logits (batch, time, vocab), or a loss."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.checkpoint_activations = False
+
+    @abstractmethod
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Activations (batch, time, d) that the head reads."""
+
+    @abstractmethod
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits (batch, time, vocab) in fp32."""
+
+    @abstractmethod
+    def roles(self) -> list[ParamInfo]:
+        """One ParamInfo for each parameter, in the order of `named_parameters()`."""
+
+    @abstractmethod
+    def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
+        """Draw the initial value of one whole parameter, on the generator's device."""
+
+    @abstractmethod
+    def shard_units(self) -> list[nn.Module]:
+        """Modules that FSDP2 gathers one at a time; what is left belongs to the root."""
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or with targets (batch, time) the mean cross-entropy in nats."""
+        logits = self.unembed(self.hidden(tokens))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def parameter_count(self) -> int:
+        """Number of weights, a tied one counted once."""
+        return sum(info.numel for info in self.roles())
+
+    def flops_per_token(self) -> int:
+        """FLOPs of forward and backward for one token at full context.
+
+        6 for each weight that multiplies activations, and 12 n_layer d_model context for the
+        attention products, without the saving of causality (PaLM, arXiv 2204.02311, appendix B).
+        """
+        multiplied = {Role.HIDDEN, Role.HEAD, Role.TIED}
+        weights = sum(info.numel for info in self.roles() if info.role in multiplied)
+        s = self.shape
+        return 6 * weights + 12 * s.n_layer * s.d_model * s.context
+
+    def run_block(self, block: nn.Module, *args: Tensor) -> Tensor:
+        """Apply a block, keeping only its input for the backward pass when asked to."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint
+
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+def declare(model: nn.Module, roles: dict[str, Role], splits: dict[str, tuple[int, ...]]):
+    """Build the ParamInfo list from the last two parts of each name.
+
+    roles maps "module.leaf" endings such as "embed.weight" or a bare leaf such as "bias";
+    the longer ending wins. splits maps the same endings to fused rows.
+    """
+    infos = []
+    for name, param in model.named_parameters():
+        ending = ".".join(name.split(".")[-2:])
+        leaf = name.rsplit(".", 1)[-1]
+        role = roles.get(ending, roles.get(leaf))
+        if role is None:
+            raise ValueError(f"{type(model).__name__} declares no role for its parameter '{name}'")
+        infos.append(ParamInfo(name, tuple(param.shape), role, splits.get(ending, ())))
+    return infos
+
+
+def normal(info: ParamInfo, std: float, generator: Generator) -> Tensor:
+    """Gaussian of the parameter's shape."""
+    draw = torch.randn(info.shape, generator=generator, device=generator.device)
+    return draw.mul_(std)

@@ -1,0 +1,88 @@
+"""The speedrun-style GPT: gainless RMSNorm, QK-norm, RoPE, ReLU^2, untied head."""
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+
+from geon.models.base import LanguageModel, ModelShape, declare, normal
+from geon.models.layers import Projections, attend, rms_norm, rotary_table, rotate
+from geon.optim.roles import ParamInfo, Role
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions and RMS-normalised queries and keys."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.n_head = shape.n_head
+        self.proj_in = Projections(shape.d_model, shape.fused_qkv, bias=False)
+        self.proj_out = nn.Linear(shape.d_model, shape.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in self.proj_in(x))
+        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
+        return self.proj_out(attend(q, k, v))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm, each added to the residual stream."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        width = shape.mlp_ratio * shape.d_model
+        self.attention = Attention(shape)
+        self.up = nn.Linear(shape.d_model, width, bias=False)
+        self.down = nn.Linear(width, shape.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.attention(rms_norm(x), cos, sin)
+        return x + self.down(self.up(rms_norm(x)).relu().square())
+
+
+class GPT(LanguageModel):
+    """Decoder with no learned vector: embedding, hidden matrices and head are all it has."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape)
+        self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), normalised."""
+        s = self.shape
+        x = rms_norm(self.embed(tokens))
+        cos, sin = rotary_table(tokens.shape[1], s.head_dim, s.rope_base, tokens.device)
+        for block in self.blocks:
+            x = self.run_block(block, x, cos, sin)
+        return rms_norm(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, vocab), softcapped when asked."""
+        logits = self.head(x).float()
+        cap = self.shape.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def roles(self) -> list[ParamInfo]:
+        """Embedding, head, and everything else a hidden matrix."""
+        d = self.shape.d_model
+        return declare(
+            self,
+            {"embed.weight": Role.EMBEDDING, "head.weight": Role.HEAD, "weight": Role.HIDDEN},
+            {"qkv.weight": (d, d, d)},
+        )
+
+    def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
+        """Embedding N(0, 1); matrices of variance 1/(3 d_in), as torch draws its Linear."""
+        ends_branch = info.name.endswith(("proj_out.weight", "down.weight", "head.weight"))
+        if self.shape.zero_init_proj and ends_branch:
+            return torch.zeros(info.shape, device=generator.device)
+        std = 1.0 if info.role is Role.EMBEDDING else 1.0 / math.sqrt(3 * info.shape[1])
+        return normal(info, std, generator)
+
+    def shard_units(self) -> list[nn.Module]:
+        """The blocks; embedding and head stay with the root."""
+        return list(self.blocks)

@@ -1,0 +1,94 @@
+"""GPT-2 (Radford et al., 2019): LayerNorm, GELU, learned positions, tied head."""
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from geon.errors import UsageError
+from geon.models.base import LanguageModel, ModelShape, declare, normal
+from geon.models.layers import Projections, attend
+from geon.optim.roles import ParamInfo, Role
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm, each added to the residual stream."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        d = shape.d_model
+        self.n_head = shape.n_head
+        self.norm1 = nn.LayerNorm(d)
+        self.proj_in = Projections(d, shape.fused_qkv, bias=True)
+        self.proj_out = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d)
+        self.up = nn.Linear(d, shape.mlp_ratio * d)
+        self.down = nn.Linear(shape.mlp_ratio * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in self.proj_in(self.norm1(x)))
+        x = x + self.proj_out(attend(q, k, v))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class GPT2(LanguageModel):
+    """Decoder with biases and gains, whose embedding is also its head."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape)
+        self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
+        self.positions = nn.Embedding(shape.context, shape.d_model)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.norm = nn.LayerNorm(shape.d_model)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), normalised."""
+        time = tokens.shape[1]
+        if time > self.shape.context:
+            raise UsageError(
+                f"sequence of {time} tokens, but GPT-2 learned {self.shape.context} positions "
+                "(model.context)"
+            )
+        x = self.embed(tokens) + self.positions(torch.arange(time, device=tokens.device))
+        for block in self.blocks:
+            x = self.run_block(block, x)
+        return self.norm(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, vocab) by the embedding's own weight."""
+        return F.linear(x, self.embed.weight).float()
+
+    def roles(self) -> list[ParamInfo]:
+        """Tied embedding, learned positions, hidden matrices, gains and biases."""
+        d = self.shape.d_model
+        norms = ("norm1", "norm2", "norm")
+        return declare(
+            self,
+            {
+                "embed.weight": Role.TIED,
+                "positions.weight": Role.EMBEDDING,
+                **{f"{norm}.weight": Role.GAIN for norm in norms},
+                "bias": Role.BIAS,
+                "weight": Role.HIDDEN,
+            },
+            {"qkv.weight": (d, d, d)},
+        )
+
+    def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
+        """N(0, 0.02^2), the ends of branches over sqrt(2 n_layer); gains 1, biases 0."""
+        if info.role in (Role.GAIN, Role.BIAS):
+            return torch.full(
+                info.shape, 1.0 if info.role is Role.GAIN else 0.0, device=generator.device
+            )
+        std = 0.02
+        if info.name.endswith(("proj_out.weight", "down.weight")):
+            if self.shape.zero_init_proj:
+                return torch.zeros(info.shape, device=generator.device)
+            std /= math.sqrt(2 * self.shape.n_layer)
+        return normal(info, std, generator)
+
+    def shard_units(self) -> list[nn.Module]:
+        """The blocks; the tied weight stays with the root, which reads it twice."""
+        return list(self.blocks)

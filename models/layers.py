@@ -1,0 +1,56 @@
+"""Blocks that several architectures share. Shapes: B batch, T time, D width, H heads, K = D/H."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension without gains, eps 1e-6."""
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+def rotary_table(time: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, K/2) of the rotary angles t * base^(-2i/K), in fp32."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    angle = torch.arange(time, device=device).float()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + K/2}) of x (B, T, H, K) by minus the angle of their position.
+
+    The sign is that of nanochat, whose Hugging Face class is the export target; attention sees
+    only differences of angles, so either sign trains the same.
+    """
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+class Projections(nn.Module):
+    """The q, k and v projections: three weights, or one fused with rows (q, k, v)."""
+
+    def __init__(self, d_model: int, fused: bool, bias: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        if fused:
+            self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
+        else:
+            self.q = nn.Linear(d_model, d_model, bias=bias)
+            self.k = nn.Linear(d_model, d_model, bias=bias)
+            self.v = nn.Linear(d_model, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> three of (B, T, D)."""
+        if self.fused:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            return q, k, v
+        return self.q(x), self.k(x), self.v(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of (B, T, H, K) by PyTorch's SDPA; returns (B, T, H K)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return mixed.transpose(1, 2).flatten(2)

@@ -1,0 +1,37 @@
+"""Optimizers that know the geometry of each weight. Importing this costs torch alone."""
+
+from geon.optim.adamw import AdamW
+from geon.optim.hybrid import Group, HybridOptimizer, matrices_of
+from geon.optim.manifolds import MANIFOLDS, Euclidean, Manifold, Stiefel
+from geon.optim.norms import NORMS, Norm, Sign, Spectral
+from geon.optim.polar import Polar, polar, polar_svd
+from geon.optim.roles import ParamInfo, Role
+from geon.optim.router import Route, classify, route, table
+from geon.optim.rule import Rule
+from geon.optim.solvers import steepest
+
+__all__ = [
+    "MANIFOLDS",
+    "NORMS",
+    "AdamW",
+    "Euclidean",
+    "Group",
+    "HybridOptimizer",
+    "Manifold",
+    "Norm",
+    "ParamInfo",
+    "Polar",
+    "Role",
+    "Route",
+    "Rule",
+    "Sign",
+    "Spectral",
+    "Stiefel",
+    "classify",
+    "matrices_of",
+    "polar",
+    "polar_svd",
+    "route",
+    "steepest",
+    "table",
+]

@@ -1,0 +1,253 @@
+"""One torch optimizer whose param groups each carry their rule."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from geon.optim.adamw import AdamW
+from geon.optim.roles import ParamInfo
+from geon.optim.router import check_partition
+from geon.optim.rule import Rule
+from geon.optim.shard import Exchange, Layout, Matrix, Plan, locate, make_plan
+
+# A manifold rule computes in fp32 whatever the weights are; see optim/manifolds/stiefel.py.
+_WIRE_BYTES = 4
+
+
+@dataclass
+class Group:
+    """A route's parameters with their rule and peak learning rate."""
+
+    name: str
+    rule: Rule | AdamW
+    lr: float
+    params: list[tuple[ParamInfo, nn.Parameter]]
+
+
+class HybridOptimizer(torch.optim.Optimizer):
+    """Steps each param group by its rule: steepest rules on whole matrices, AdamW on entries.
+
+    Param groups are `{"params", "names", "name", "rule", "lr"}`; "rule" is the rule's description,
+    so that `state_dict()` holds plain values only. State exists from construction on, like the
+    parameters (a DTensor's state is a DTensor): {"momentum"} for steepest rules, torch's own keys
+    for AdamW. A group whose lr is 0 is frozen: its weights, momenta and counters stay as they are.
+
+    Every rank must call `step()`: on sharded matrices it runs the collectives of `plan`. A
+    parameter without a gradient counts as one with a zero gradient in a steepest group (its
+    momentum still moves it), and is left alone in an AdamW group.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        max_buffer_mb: float = 64.0,
+    ) -> None:
+        self.rules = {g.name: g.rule for g in groups}
+        self._infos = {info.name: info for g in groups for info, _ in g.params}
+        super().__init__(
+            [
+                {
+                    "params": [p for _, p in g.params],
+                    "names": [info.name for info, _ in g.params],
+                    "name": g.name,
+                    "rule": g.rule.describe(),
+                    "lr": g.lr,
+                    "peak_lr": g.lr,
+                }
+                for g in groups
+                if g.params
+            ],
+            {},
+        )
+        check_partition(self._infos, [group["names"] for group in self.param_groups])
+        self._params = dict(self.named_parameters())
+        self._exchange = self._make_exchange(max_buffer_mb)
+        for group in self.param_groups:
+            rule = self.rules[group["name"]]
+            for param in group["params"]:
+                if isinstance(rule, AdamW):
+                    self.state[param] = rule.new_state(param)
+                else:
+                    self.state[param] = {"momentum": torch.zeros_like(param)}
+
+    @property
+    def plan(self) -> Plan:
+        """What a step sends and computes."""
+        return self._exchange.plan
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange, with its counters."""
+        return self._exchange
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """All parameters with their names, group by group."""
+        for group in self.param_groups:
+            yield from zip(group["names"], group["params"], strict=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every state tensor by "<parameter>.<key>": what a checkpoint holds of the optimizer."""
+        return {
+            f"{name}.{key}": tensor
+            for name, param in self.named_parameters()
+            for key, tensor in self.state[param].items()
+        }
+
+    def set_lr(self, fraction: float) -> None:
+        """Set every group to this fraction of its peak learning rate."""
+        for group in self.param_groups:
+            group["lr"] = fraction * group["peak_lr"]
+
+    def _make_exchange(self, max_buffer_mb: float) -> Exchange:
+        matrices: list[Matrix] = []
+        groups: dict[str, dist.ProcessGroup | None] = {"": None}
+        for group in self.param_groups:
+            rule = self.rules[group["name"]]
+            if isinstance(rule, AdamW):
+                continue
+            for name, param in zip(group["names"], group["params"], strict=True):
+                layout, key, process_group = locate(name, param)
+                groups[key] = process_group
+                matrices += matrices_of(self._infos[name], group["name"], rule, layout, key)
+        return Exchange(make_plan(matrices, max_buffer_mb), groups)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Apply one step to every group."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates: dict[str, Tensor] = {}
+        lrs: dict[str, float] = {}
+        for group in self.param_groups:
+            rule, lr = self.rules[group["name"]], float(group["lr"])
+            lrs[group["name"]] = lr
+            if isinstance(rule, AdamW):
+                if lr != 0.0:
+                    self._step_entries(group, rule, lr)
+                continue
+            for name, param in zip(group["names"], group["params"], strict=True):
+                buffer = _local(self.state[param]["momentum"])
+                if lr != 0.0 and param.grad is not None:
+                    updates[name] = rule.average(_local(param.grad).float(), buffer)
+                else:
+                    if lr != 0.0:
+                        buffer.mul_(rule.momentum)
+                    updates[name] = buffer
+        self._step_matrices(updates, lrs)
+        return loss
+
+    def _step_entries(self, group: dict[str, Any], rule: AdamW, lr: float) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if params:
+            rule.step(
+                [_local(p) for p in params],
+                [_local(p.grad) for p in params],
+                [{k: _local(v) for k, v in self.state[p].items()} for p in params],
+                lr,
+            )
+
+    def _step_matrices(self, updates: dict[str, Tensor], lrs: dict[str, float]) -> None:
+        """Exchange updates (and weights, on a manifold), and write the new weights."""
+        ranks = {m.param: self._exchange.rank_in(m.group) for m, _ in self.plan.matrices}
+
+        def piece(matrix: Matrix, tensor: Tensor) -> Tensor:
+            start, stop = matrix.local_rows(ranks[matrix.param])
+            return (tensor if tensor.dim() == 2 else tensor.view(1, -1))[start:stop]
+
+        def operands(matrix: Matrix) -> tuple[Tensor, ...]:
+            update = piece(matrix, updates[matrix.param])
+            if matrix.operands == 1:
+                return (update,)
+            return update, piece(matrix, _local(self._params[matrix.param]))
+
+        def compute(matrix: Matrix, tensors: tuple[Tensor, ...]) -> Tensor:
+            rule = self._rule(matrix)
+            if matrix.operands == 1:
+                return rule.direction(tensors[0], None, matrix.shape)
+            update, weight = tensors
+            direction = rule.direction(update, weight)
+            return rule.move(weight, direction, lrs[matrix.rule])
+
+        def write(matrix: Matrix, result: Tensor) -> None:
+            lr = lrs[matrix.rule]
+            if lr == 0.0:
+                return
+            weight = piece(matrix, _local(self._params[matrix.param]))
+            if matrix.operands == 1:
+                result = self._rule(matrix).move(weight, result, lr)
+            weight.copy_(result)
+
+        self._exchange.run(operands, compute, write)
+
+    def _rule(self, matrix: Matrix) -> Rule:
+        rule = self.rules[matrix.rule]
+        assert isinstance(rule, Rule)
+        return rule
+
+    @torch.no_grad()
+    def clip_entries_(self, max_norm: float) -> float | None:
+        """Clip the gradients of element-wise groups to a global 2-norm; return the norm before.
+
+        Steepest directions are scale invariant, so only AdamW groups are clipped. The norm is
+        exact when parameters are sharded over different groups: squares are summed per group.
+        Returns None when no group is element-wise.
+        """
+        grads = [
+            (name, param)
+            for group in self.param_groups
+            if isinstance(self.rules[group["name"]], AdamW)
+            for name, param in zip(group["names"], group["params"], strict=True)
+            if param.grad is not None
+        ]
+        if not grads:
+            return None
+        squares: dict[str, Tensor] = {}
+        groups: dict[str, dist.ProcessGroup | None] = {}
+        for name, param in grads:
+            assert param.grad is not None
+            _, key, groups[key] = locate(name, param)
+            square = _local(param.grad).float().square().sum()
+            squares[key] = squares[key] + square if key in squares else square
+        for key, group in groups.items():
+            if group is not None:
+                dist.all_reduce(squares[key], group=group)
+        norm = torch.stack(list(squares.values())).sum().sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for _, param in grads:
+            assert param.grad is not None
+            _local(param.grad).mul_(scale)
+        return float(norm)
+
+
+def matrices_of(
+    info: ParamInfo, name: str, rule: Rule, layout: Layout, group: str
+) -> list[Matrix]:
+    """Matrices that a rule steps in one parameter: itself, or its fused parts."""
+    operands = 2 if rule.needs_weight else 1
+    return [
+        Matrix(
+            param=info.name,
+            rows=rows,
+            layout=layout,
+            group=group,
+            rule=name,
+            reach=rule.reach,
+            operands=operands,
+            element_bytes=_WIRE_BYTES,
+            flops=rule.norm.flops((rows[1] - rows[0], layout.shape[1])),
+            orthogonalizes=rule.orthogonalizes,
+        )
+        for rows in info.parts
+    ]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a DTensor; a plain tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor

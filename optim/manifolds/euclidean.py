@@ -1,0 +1,30 @@
+import torch
+from torch import Generator, Tensor
+
+from geon.optim.manifolds.base import Manifold
+
+
+class Euclidean(Manifold):
+    """The whole space: every rule on it is unconstrained."""
+
+    constrains = False
+
+    def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
+        """Every vector is tangent."""
+        return vector
+
+    def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
+        """Every matrix is a point."""
+        return weight
+
+    def residual(self, weight: Tensor) -> Tensor:
+        """Zero."""
+        return weight.new_zeros(weight.shape[:-2])
+
+    def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
+        """Standard normal matrix."""
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Every matrix is a point."""
+        return weight

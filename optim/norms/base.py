@@ -1,0 +1,61 @@
+"""What a norm must offer to be stepped in: five verbs on whole matrices."""
+
+from abc import ABC, abstractmethod
+from enum import IntEnum
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+
+class Reach(IntEnum):
+    """How much of a matrix must be whole on one rank before its LMO can be taken."""
+
+    ENTRY = 0
+    ROW = 1
+    MATRIX = 2
+
+
+class Norm(ABC):
+    """A norm on matrices (..., d_out, d_in) and steepest descent in it.
+
+    The LMO is `argmax <grad, D> over value(D) <= 1`: the step is minus it. It is scale invariant,
+    and zero for a zero gradient. `shape` is the shape of the logical matrix when the tensor at
+    hand is only a shard of it, as `reach` allows.
+    """
+
+    reach: ClassVar[Reach] = Reach.MATRIX
+
+    @abstractmethod
+    def value(self, weight: Tensor) -> Tensor:
+        """Norm of each matrix of the batch."""
+
+    @abstractmethod
+    def dual(self, grad: Tensor) -> Tensor:
+        """Dual norm: the largest <grad, D> over the unit ball."""
+
+    @abstractmethod
+    def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """Direction of steepest ascent on the unit sphere."""
+
+    @abstractmethod
+    def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
+        """Draw a point of norm 1 (boundary initialisation)."""
+
+    @abstractmethod
+    def project(self, weight: Tensor) -> Tensor:
+        """Nearest point of the unit ball in the Frobenius distance."""
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of one LMO; element-wise by default."""
+        return 4 * shape[0] * shape[1]
+
+
+def gaussian(shape: tuple[int, int], generator: Generator) -> Tensor:
+    """Standard normal matrix, drawn on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """<A, B> of each matrix of the batch."""
+    return (a * b).sum(dim=(-2, -1))

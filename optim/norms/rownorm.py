@@ -1,0 +1,53 @@
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from geon.optim.norms.base import Norm, Reach, gaussian
+from geon.optim.polar.iterate import unit_frobenius
+
+
+class RowWise(Norm):
+    """max over rows of ||row||_2 / row_radius: each row has a ball of its own."""
+
+    reach = Reach.ROW
+
+    @abstractmethod
+    def row_radius(self, shape: tuple[int, ...]) -> float:
+        """2-norm of a row on the unit sphere."""
+
+    def value(self, weight: Tensor) -> Tensor:
+        """Largest row norm over the radius."""
+        return weight.norm(dim=-1).amax(dim=-1) / self.row_radius(weight.shape)
+
+    def dual(self, grad: Tensor) -> Tensor:
+        """Sum of row norms times the radius."""
+        return grad.norm(dim=-1).sum(dim=-1) * self.row_radius(grad.shape)
+
+    def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """Each row scaled to the radius; zero rows (unseen tokens) stay zero."""
+        return unit_frobenius(grad, dim=-1) * self.row_radius(shape or grad.shape)
+
+    def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
+        """Normalised Gaussian rows."""
+        return unit_frobenius(gaussian(shape, generator), dim=-1) * self.row_radius(shape)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Shrink the rows that are too long."""
+        radius = self.row_radius(weight.shape)
+        length = weight.norm(dim=-1, keepdim=True)
+        return weight * torch.where(length > radius, radius / length, torch.ones_like(length))
+
+
+@dataclass(frozen=True)
+class RowNorm(RowWise):
+    """RMS -> inf norm: each row of unit sphere radius 1/sqrt(d_in). An option for heads.
+
+    Source: Pethick et al., arXiv 2502.07529, Table 2.
+    """
+
+    def row_radius(self, shape: tuple[int, ...]) -> float:
+        """1 / sqrt(d_in)."""
+        return 1.0 / math.sqrt(shape[-1])

@@ -1,0 +1,64 @@
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor
+
+from geon.optim.norms.base import Norm, gaussian
+from geon.optim.polar import Polar
+
+SCALES = ("rms", "muon", "none")
+
+
+@dataclass(frozen=True)
+class Spectral(Norm):
+    """RMS -> RMS operator norm sqrt(d_in/d_out) ||W||_2: hidden matrices.
+
+    Attributes:
+        scale: factor on the polar factor: "rms" sqrt(d_out/d_in) (Bernstein and Newhouse, arXiv
+            2410.21265), "muon" sqrt(max(1, d_out/d_in)) (K. Jordan), "none" 1.
+        polar: how the polar factor is computed.
+    """
+
+    scale: str = "rms"
+    polar: Polar = field(default_factory=Polar)
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"spectral scale '{self.scale}' is not one of {', '.join(SCALES)}")
+
+    def factor(self, shape: tuple[int, ...]) -> float:
+        """Spectral norm of a matrix of this shape whose norm is 1."""
+        ratio = shape[-2] / shape[-1]
+        return {"rms": math.sqrt(ratio), "muon": math.sqrt(max(1.0, ratio)), "none": 1.0}[
+            self.scale
+        ]
+
+    def value(self, weight: Tensor) -> Tensor:
+        """||W||_2 over the factor."""
+        return torch.linalg.matrix_norm(weight, 2) / self.factor(weight.shape)
+
+    def dual(self, grad: Tensor) -> Tensor:
+        """Nuclear norm times the factor."""
+        return torch.linalg.matrix_norm(grad, "nuc") * self.factor(grad.shape)
+
+    def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """Polar factor times the factor."""
+        return self.polar(grad) * self.factor(shape or grad.shape)
+
+    def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
+        """Uniform semi-orthogonal matrix times the factor."""
+        wide = shape[0] < shape[1]
+        draw = gaussian((shape[1], shape[0]) if wide else shape, generator)
+        q, r = torch.linalg.qr(draw)
+        q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+        return (q.mT if wide else q).contiguous() * self.factor(shape)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Clip the singular values at the factor."""
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return (u * s.clamp(max=self.factor(weight.shape)).unsqueeze(-2)) @ vh
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of one polar factor."""
+        return self.polar.flops(shape)

@@ -1,0 +1,147 @@
+"""Every parameter to exactly one route, in order, by role and name; refused when unsure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from geon.errors import UsageError
+from geon.optim.roles import ParamInfo, Role
+
+
+@dataclass(frozen=True)
+class Route:
+    """A named set of parameters: those of one of `roles`, or whose name matches `pattern`.
+
+    Attributes:
+        name: the route's name, e.g. "hidden"; also the name of its param group.
+        roles: roles that this route takes.
+        pattern: glob over parameter names; when given, `roles` is not read.
+    """
+
+    name: str
+    roles: frozenset[Role] = frozenset()
+    pattern: str | None = None
+
+    def takes(self, info: ParamInfo) -> bool:
+        """Whether this route takes the parameter."""
+        if self.pattern is not None:
+            return fnmatchcase(info.name, self.pattern)
+        return info.role in self.roles
+
+
+def route(infos: Sequence[ParamInfo], routes: Sequence[Route]) -> dict[str, str]:
+    """Assign each parameter to the first route that takes it.
+
+    Returns:
+        parameter name -> route name, in the order of `infos`.
+
+    Raises:
+        UsageError: a parameter that no route takes, a name that occurs twice, or a pattern that
+            matches no parameter (a typo would otherwise pass unseen).
+    """
+    assigned: dict[str, str] = {}
+    for info in infos:
+        if info.name in assigned:
+            raise UsageError(f"parameter '{info.name}' is declared twice by the model")
+        taker = next((r for r in routes if r.takes(info)), None)
+        if taker is None:
+            known = ", ".join(r.name for r in routes)
+            raise UsageError(
+                f"no route takes parameter '{info.name}' of role '{info.role}' and shape "
+                f"{info.shape} (routes: {known}); give optim.{info.role} a rule"
+            )
+        assigned[info.name] = taker.name
+    for r in routes:
+        if r.pattern is not None and r.name not in assigned.values():
+            raise UsageError(
+                f"pattern '{r.pattern}' of route '{r.name}' takes no parameter; patterns are "
+                f"globs over names such as '{infos[0].name}' (optim.overrides)"
+            )
+    return assigned
+
+
+def check_partition(names: Iterable[str], groups: Iterable[Iterable[str]]) -> None:
+    """Prove that the groups hold each trainable parameter exactly once.
+
+    Raises:
+        UsageError: names a parameter that is missing, unknown or in two groups.
+    """
+    wanted, seen = set(names), set[str]()
+    for group in groups:
+        for name in group:
+            if name in seen:
+                raise UsageError(f"parameter '{name}' is in two param groups")
+            if name not in wanted:
+                raise UsageError(f"param groups hold '{name}', which the model does not have")
+            seen.add(name)
+    if wanted - seen:
+        raise UsageError(f"parameters in no param group: {', '.join(sorted(wanted - seen))}")
+
+
+_HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "unembed")
+
+
+def classify(model: nn.Module) -> list[ParamInfo]:
+    """Declare the roles of a foreign model by module type.
+
+    Embedding -> embedding (tied when a Linear shares it); Linear -> hidden, or head when its
+    last name is one of the usual ones; norm layers -> gain and bias; any `bias` -> bias.
+
+    Raises:
+        UsageError: a parameter whose module type says nothing sure (convolutions, bare
+            parameters, fused projections): declare it in the model's `roles()` instead.
+    """
+    infos: dict[int, ParamInfo] = {}
+    for prefix, module in model.named_modules():
+        for leaf, param in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            role = _role_of(module, prefix.rsplit(".", 1)[-1], leaf, tuple(param.shape))
+            known = infos.get(id(param))
+            if known is not None and {known.role, role} == {Role.EMBEDDING, Role.HEAD}:
+                infos[id(param)] = ParamInfo(known.name, known.shape, Role.TIED)
+            elif known is None:
+                if role is None:
+                    raise UsageError(
+                        f"unsure about '{name}' {tuple(param.shape)} in {type(module).__name__}: "
+                        "no role can be read from its module type; declare it in roles()"
+                    )
+                infos[id(param)] = ParamInfo(name, tuple(param.shape), role)
+    return list(infos.values())
+
+
+def _role_of(module: nn.Module, owner: str, leaf: str, shape: tuple[int, ...]) -> Role | None:
+    is_norm = "norm" in type(module).__name__.lower()
+    if leaf == "bias" and len(shape) == 1:
+        return Role.BIAS
+    if is_norm and leaf in ("weight", "gain", "scale") and len(shape) == 1:
+        return Role.GAIN
+    if shape in ((), (1,)):
+        return Role.SCALAR
+    if isinstance(module, nn.Embedding):
+        return Role.EMBEDDING
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        if owner in _HEAD_NAMES:
+            return Role.HEAD
+        fused = any(mark in owner.lower() for mark in ("qkv", "c_attn", "in_proj", "gate_up"))
+        return None if fused else Role.HIDDEN
+    return None
+
+
+def table(infos: Sequence[ParamInfo], assigned: Mapping[str, str], rules: Mapping[str, str]) -> str:
+    """Format the role/route table: one line per (route, role, shape), with counts."""
+    rows: dict[tuple[str, str, str], list[ParamInfo]] = {}
+    for info in infos:
+        shape = " x ".join(map(str, info.shape)) or "scalar"
+        if info.splits:
+            shape += f" ({len(info.splits)} fused)"
+        rows.setdefault((assigned[info.name], info.role, shape), []).append(info)
+    lines = [f"{'route':<10} {'role':<10} {'shape':<24} {'count':>5} {'params':>13}  rule; example"]
+    for (taker, role, shape), members in rows.items():
+        total = sum(m.numel for m in members)
+        lines.append(
+            f"{taker:<10} {role:<10} {shape:<24} {len(members):>5} {total:>13,}  "
+            f"{rules[taker]}; {members[0].name}"
+        )
+    return "\n".join(lines)
