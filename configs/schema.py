@@ -136,7 +136,7 @@ class PolarConfig:
     """How polar factors are computed; see optim/polar."""
 
     coefficients: str = "polar_express"
-    steps: int = 8
+    steps: int = 6
     dtype: str = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. Or fp32, bf16."""
 
@@ -171,7 +171,7 @@ class DataConfig:
     """Tokens of a global batch, over all ranks; accumulation is derived."""
     micro_batch: int = 0
     """Sequences in one forward pass of one rank; 0 takes a rank's whole share."""
-    val_percent: float = 6.0
+    val_percent: float = 8.0
     """Share of the text (of the files, by name) kept for validation."""
     val_tokens: int = 0
     """Validation tokens evaluated; 0 takes all."""

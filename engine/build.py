@@ -312,14 +312,14 @@ def plan_facts(model: LanguageModel, routing: Routing, plan: Plan) -> dict[str, 
 def describe(model: LanguageModel) -> str:
     """One line of sizes."""
     return (
-        f"{type(model).__name__}: {model.parameter_count():,} parameters, "
+        f"{model.arch}: {model.parameter_count():,} parameters, "
         f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token (forward and backward)"
     )
 
 
 def fingerprint(model: LanguageModel) -> Mapping[str, Any]:
     """What makes two models the same for a checkpoint."""
-    return {"class": type(model).__name__, **asdict(model.shape)}
+    return {"arch": model.arch, **asdict(model.shape)}
 
 
 @dataclass

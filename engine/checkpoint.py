@@ -73,9 +73,8 @@ def check_same_model(checkpoint: Path, facts: Mapping[str, Any], own: Mapping[st
     saved = facts["model"]
     for key in own:
         if saved.get(key) != own[key]:
-            where = "model.arch" if key == "class" else f"model.{key}"
             raise UsageError(
-                f"'{checkpoint}' is of another model: {where} is {saved.get(key)} there and "
+                f"'{checkpoint}' is of another model: model.{key} is {saved.get(key)} there and "
                 f"{own[key]} here; set it alike, or checkpoint.resume=never"
             )
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -60,6 +61,9 @@ class ModelShape:
 
 class LanguageModel(nn.Module, ABC):
     """A causal language model: tokens (batch, time) -> logits (batch, time, vocab), or a loss."""
+
+    arch: ClassVar[str]
+    """Key in configs; FSDP2 renames the class, so this is what a checkpoint knows it by."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()

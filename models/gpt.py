@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from geon.models.base import LanguageModel, ModelShape, declare, normal
-from geon.models.layers import Projections, attend, rms_norm, rotary_table, rotate
+from geon.models.layers import Projections, attend, relu_squared, rms_norm, rotary_table, rotate
 from geon.optim.roles import ParamInfo, Role
 
 
@@ -39,11 +39,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         x = x + self.attention(rms_norm(x), cos, sin)
-        return x + self.down(self.up(rms_norm(x)).relu().square())
+        return x + self.down(relu_squared(self.up(rms_norm(x))))
 
 
 class GPT(LanguageModel):
     """Decoder with no learned vector: embedding, hidden matrices and head are all it has."""
+
+    arch = "gpt"
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)

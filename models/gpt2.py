@@ -36,6 +36,8 @@ class Block(nn.Module):
 class GPT2(LanguageModel):
     """Decoder with biases and gains, whose embedding is also its head."""
 
+    arch = "gpt2"
+
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
         self.embed = nn.Embedding(shape.vocab_size, shape.d_model)

@@ -29,7 +29,7 @@ def unit_frobenius(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
 
 def polar(
     matrix: Tensor,
-    steps: int = 8,
+    steps: int = 6,
     coefficients: Coefficients = POLAR_EXPRESS,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -58,7 +58,7 @@ class Polar:
     """
 
     coefficients: str = "polar_express"
-    steps: int = 8
+    steps: int = 6
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
