@@ -3,6 +3,7 @@
 Hydra composes the config, the schema checks it, the engine runs it.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -50,3 +51,9 @@ if __name__ == "__main__":
     register()
     refuse_cleanly(lambda: check_overrides(sys.argv[1:]))
     main()
+    if read_env().launched:
+        # Everything is written and closed. A process group's threads may still hold Python
+        # objects, and one that lets go while the interpreter shuts down aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

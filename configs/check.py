@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from geon.configs.schema import Config
+from geon.configs.schema import Config, OverrideConfig
 from geon.errors import UsageError, nearest
 
 ROOT = Path(__file__).resolve().parent
@@ -52,8 +52,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
     for text in (a for a in arguments if "=" in a and not a.startswith("-")):
         try:
             override = parser.parse_override(text)
-        except OverrideParseException as error:
-            raise UsageError(f"cannot read override '{text}': {error}") from None
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"cannot read override '{text}': {reason}") from None
         key = override.key_or_group.split("@")[0]
         if key.startswith("hydra"):
             continue
@@ -96,7 +97,11 @@ def resolve(composed: DictConfig) -> Config:
     """
     try:
         bare = OmegaConf.structured(Config)
-        config = OmegaConf.to_object(OmegaConf.merge(bare, composed))
+        merged = OmegaConf.merge(bare, composed)
+        for name in merged.optim.overrides:
+            typed = OmegaConf.structured(OverrideConfig)
+            merged.optim.overrides[name] = OmegaConf.merge(typed, merged.optim.overrides[name])
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         lines = str(error).splitlines()
         key = getattr(error, "full_key", None)
@@ -124,6 +129,10 @@ def _check_values(config: Config) -> None:
         "parallel.timeout_seconds": config.parallel.timeout_seconds,
         "shard.max_buffer_mb": config.shard.max_buffer_mb,
         "eval.sample_temperature": config.eval.sample_temperature,
+        "cluster.nodes": config.cluster.nodes,
+        "cluster.ranks_per_node": config.cluster.ranks_per_node,
+        "cluster.cpus_per_rank": config.cluster.cpus_per_rank,
+        "sweep.parallel_jobs": config.sweep.parallel_jobs,
     }
     counts = {
         "data.micro_batch": config.data.micro_batch,

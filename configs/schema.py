@@ -155,7 +155,8 @@ class OptimConfig:
     """One weight that is both embedding and head."""
     rest: RuleConfig = field(default_factory=RuleConfig)
     """Gains, biases and scalars."""
-    overrides: dict[str, OverrideConfig] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Route name -> OverrideConfig: '+optim.overrides.q={pattern: "*.q.weight", lr: 0.01}'."""
     polar: PolarConfig = field(default_factory=PolarConfig)
     max_norm: float = 1.0
     """Clip the gradient of AdamW groups at this norm; 0 never clips. Others are scale free."""
@@ -171,7 +172,7 @@ class DataConfig:
     """Tokens of a global batch, over all ranks; accumulation is derived."""
     micro_batch: int = 0
     """Sequences in one forward pass of one rank; 0 takes a rank's whole share."""
-    val_percent: float = 8.0
+    val_percent: float = 10.0
     """Share of the text (of the files, by name) kept for validation."""
     val_tokens: int = 0
     """Validation tokens evaluated; 0 takes all."""

@@ -31,7 +31,9 @@ def open_bin(path: Path, vocab_size: int, key: str) -> np.ndarray:
     """
     size = path.stat().st_size
     if size < HEADER_BYTES:
-        raise UsageError(f"'{path}' has {size} bytes, less than its {HEADER_BYTES} of header ({key})")
+        raise UsageError(
+            f"'{path}' has {size} bytes, less than its {HEADER_BYTES} of header ({key})"
+        )
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     magic, version, count = (int(x) for x in header[:3])
     if magic != MAGIC:

@@ -16,7 +16,15 @@ from geon.errors import UsageError
 SEPARATOR = b"\x00"
 """Between files: a byte that text does not hold, so a model can learn where files end."""
 
-_SKIPPED = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "encodings", "idlelib"}
+_SKIPPED = {
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "encodings",
+    "idlelib",
+}
 
 
 @dataclass

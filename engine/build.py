@@ -185,9 +185,7 @@ def _make_manifold(config: RuleConfig, key: str) -> Manifold:
     return MANIFOLDS[config.manifold]()
 
 
-def make_batches(
-    config: Config, corpus: Corpus, rank: int, world: int
-) -> Batches:
+def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batches:
     """Cut the global batch over ranks and micro-batches.
 
     Raises:
@@ -235,15 +233,15 @@ def initialise(model: LanguageModel, routing: Routing, seed: int) -> None:
 def _prepare(
     whole: Tensor, info: ParamInfo, rule: Rule, init: Init, generator: Generator
 ) -> Tensor:
-    if init is Init.boundary and whole.dim() == 2 and bool(whole.any()):
-        shapes = [(stop - start, whole.shape[1]) for start, stop in info.parts]
-        whole = torch.cat([rule.norm.init(shape, generator) * rule.radius for shape in shapes])
+    parts = [whole.view(info.matrix_shape)[start:stop] for start, stop in info.parts]
+    if init is Init.boundary and bool(whole.any()):
+        parts = [rule.norm.init((len(p), p.shape[1]), generator) * rule.radius for p in parts]
     if rule.manifold.constrains:
         try:
-            whole = torch.cat([rule.manifold.project(whole[a:b]) for a, b in info.parts])
+            parts = [rule.manifold.project(p) for p in parts]
         except ValueError as error:
             raise UsageError(f"parameter '{info.name}': {error}") from None
-    return whole
+    return torch.cat(parts).view(info.shape)
 
 
 @torch.no_grad()
@@ -255,7 +253,7 @@ def _keep_own(info: ParamInfo, param: Tensor, whole: Tensor) -> None:
         return
     layout, _, group = locate(info.name, param)
     rank = torch.distributed.get_rank(group) if group is not None else 0
-    own = (whole if whole.dim() == 2 else whole.view(1, -1))[layout.region(rank).slices]
+    own = whole.view(info.matrix_shape)[layout.region(rank).slices]
     local = param.to_local()
     local.copy_(own.reshape(local.shape))
 
@@ -335,10 +333,15 @@ class Run:
     optimizer: HybridOptimizer
 
 
-def build(config: Config, parallel: Parallel, corpus: Corpus, batches: Batches) -> Run:
-    """Place, initialise and wrap the model, and build its optimizer."""
-    model = make_model(config.model)
-    routing = make_routing(model, config.optim)
+def build(
+    config: Config,
+    parallel: Parallel,
+    corpus: Corpus,
+    batches: Batches,
+    model: LanguageModel,
+    routing: Routing,
+) -> Run:
+    """Place, initialise and wrap a model from the meta device, and build its optimizer."""
     parallel.place(model)
     initialise(model, routing, config.seed)
     parallel.wrap(model)

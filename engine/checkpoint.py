@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +105,9 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     parallel.barrier()
-    dcp.save(
-        tensors(model, state),
-        storage_writer=dcp.FileSystemWriter(aside, sync_files=True),
-        no_dist=parallel.mesh is None,
-    )
+    writer = dcp.FileSystemWriter(aside, sync_files=True)
+    with _quiet():
+        dcp.save(tensors(model, state), storage_writer=writer, no_dist=parallel.mesh is None)
     parallel.barrier()
     if parallel.env.main:
         content = {"format": FORMAT, "step": step, **facts}
@@ -141,14 +141,22 @@ def load(
             f"'{checkpoint}' lacks '{missing[0]}' and {len(missing) - 1} more tensors: it was "
             "written with another optim group; set it alike, or checkpoint.resume=never"
         )
-    dcp.load(wanted, storage_reader=reader, no_dist=parallel.mesh is None)
+    with _quiet():
+        dcp.load(wanted, storage_reader=reader, no_dist=parallel.mesh is None)
 
 
 def load_weights(checkpoint: Path, model: LanguageModel) -> None:
     """Load weights alone into a model on one process."""
-    dcp.load(
-        tensors(model, {}), storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True
-    )
+    with _quiet():
+        dcp.load(tensors(model, {}), storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that one process is one process, which `no_dist` already says."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -91,11 +91,16 @@ class Tensorboard(Logger):
 
 
 def check_loggers(config: LoggerConfig) -> None:
-    """Refuse loggers whose package is missing, before a run folder exists.
+    """Refuse loggers that cannot be opened, before a run folder exists.
 
     Raises:
-        UsageError: names the package to install.
+        UsageError: names the package to install, or the mode to choose.
     """
+    modes = ("offline", "online", "disabled")
+    if config.wandb_mode not in modes:
+        raise UsageError(
+            f"logger.wandb_mode '{config.wandb_mode}' is not one of {', '.join(modes)}"
+        )
     from importlib.util import find_spec
 
     for wanted, package in ((config.wandb, "wandb"), (config.tensorboard, "tensorboard")):

@@ -1,5 +1,7 @@
 """One run from a checked config: validate, build, make the folder, fit."""
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -40,10 +42,12 @@ def train(config: Config, env: Env) -> None:
     corpus = build.make_corpus(config.data, config.seed)
     batches = build.make_batches(config, corpus, env.rank, env.world)
     val_windows(corpus, config.model.context, config.data.val_tokens)
-    resume = _find_resume(config)
+    model = build.make_model(config.model)
+    routing = build.make_routing(model, config.optim)
+    resume = _find_resume(config, build.fingerprint(model), env)
     parallel = start(config.parallel, config.device, env)
     try:
-        run = build.build(config, parallel, corpus, batches)
+        run = build.build(config, parallel, corpus, batches, model, routing)
         folder = Path(config.output) / config.name
         trainer = Trainer(run, folder, _callbacks(config))
         if resume is not None:
@@ -70,13 +74,15 @@ def _callbacks(config: Config) -> list[Callback]:
     return callbacks
 
 
-def _find_resume(config: Config) -> Path | None:
+def _find_resume(config: Config, model: Mapping[str, Any], env: Env) -> Path | None:
     """Checkpoint to start from, checked against the model.
+
+    A job that torchrun restarts goes on from its own checkpoint whatever it first started from.
 
     Raises:
         UsageError: a path without a checkpoint, or a checkpoint of another model.
     """
-    wish = config.checkpoint.resume
+    wish = "auto" if env.restart else config.checkpoint.resume
     if wish == "never":
         return None
     place = Path(config.output) / config.name if wish == "auto" else Path(wish).expanduser()
@@ -87,9 +93,7 @@ def _find_resume(config: Config) -> Path | None:
             "(expected a run folder, or auto, or never)"
         )
     if found is not None:
-        facts = checkpoint.read_commit(found)
-        own = build.fingerprint(build.make_model(config.model))
-        checkpoint.check_same_model(found, facts, own)
+        checkpoint.check_same_model(found, checkpoint.read_commit(found), model)
     return found
 
 
@@ -117,7 +121,12 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
     OmegaConf.save(OmegaConf.create(settings), folder / runfolder.CONFIG)
     facts = build.plan_facts(run.model, run.routing, run.optimizer.plan)
     write_json(folder / runfolder.PLAN, facts)
-    trainer.loggers = open_loggers(folder, run.config.logger, run.config.name, settings)
+    try:
+        trainer.loggers = open_loggers(folder, run.config.logger, run.config.name, settings)
+    except Exception:
+        if not continued:
+            shutil.rmtree(folder)  # nothing has run: leave no half-made folder
+        raise
     trainer.log(
         "start",
         {

@@ -18,16 +18,34 @@ def plot_loss(folder: Path, yardsticks: dict[str, float] | None = None) -> Path 
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([r["tokens"] for r in train], [r["loss"] for r in train], color=_ACCENT, lw=1.2,
-              label="training, nats/token")
+    axes.plot(
+        [r["tokens"] for r in train],
+        [r["loss"] for r in train],
+        color=_ACCENT,
+        lw=1.2,
+        label="training, nats/token",
+    )
     per_byte = [r for r in val if r["val_nats_per_byte"] is not None]
     key = "val_nats_per_byte" if per_byte else "val_nats_per_token"
-    axes.plot([r["tokens"] for r in val], [r[key] for r in val], "o-", color=_INK, ms=4, lw=1,
-              label=f"validation, {'nats/byte' if per_byte else 'nats/token'}")
+    axes.plot(
+        [r["tokens"] for r in val],
+        [r[key] for r in val],
+        "o-",
+        color=_INK,
+        ms=4,
+        lw=1,
+        label=f"validation, {'nats/byte' if per_byte else 'nats/token'}",
+    )
     for name, value in (yardsticks or {}).items():
         axes.axhline(value, color="#9ca3af", lw=0.8, ls="--")
-        axes.annotate(f"{name} {value:.3f}", (train[-1]["tokens"], value), ha="right", va="bottom",
-                      fontsize=8, color="#6b7280")
+        axes.annotate(
+            f"{name} {value:.3f}",
+            (train[-1]["tokens"], value),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="#6b7280",
+        )
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
@@ -47,8 +65,15 @@ def plot_spectrum(folder: Path) -> Path | None:
     axes = figure.add_subplot()
     for i in range(len(quantiles) // 2):
         low, high = quantiles[i], quantiles[-1 - i]
-        axes.fill_between(steps, bands[i], bands[-1 - i], color=_ACCENT, alpha=0.18, lw=0,
-                          label=f"{low:.0%} to {high:.0%}")
+        axes.fill_between(
+            steps,
+            bands[i],
+            bands[-1 - i],
+            color=_ACCENT,
+            alpha=0.18,
+            lw=0,
+            label=f"{low:.0%} to {high:.0%}",
+        )
     axes.plot(steps, bands[len(bands) // 2], color=_INK, lw=1.2, label="median")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")

@@ -34,7 +34,9 @@ def relu_squared(x: Tensor) -> Tensor:
     return _ReluSquared.apply(x)
 
 
-def rotary_table(time: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    time: int, head_dim: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, K/2) of the rotary angles t * base^(-2i/K), in fp32."""
     frequency = base ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angle = torch.arange(time, device=device).float()[:, None] * frequency

@@ -225,9 +225,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         return float(norm)
 
 
-def matrices_of(
-    info: ParamInfo, name: str, rule: Rule, layout: Layout, group: str
-) -> list[Matrix]:
+def matrices_of(info: ParamInfo, name: str, rule: Rule, layout: Layout, group: str) -> list[Matrix]:
     """Matrices that a rule steps in one parameter: itself, or its fused parts."""
     operands = 2 if rule.needs_weight else 1
     return [

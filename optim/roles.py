@@ -60,11 +60,16 @@ class ParamInfo:
         return count
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape as a matrix: vectors and scalars are one row."""
+        if len(self.shape) == 2:
+            return self.shape[0], self.shape[1]
+        return 1, self.numel
+
+    @property
     def parts(self) -> tuple[tuple[int, int], ...]:
         """Row interval (start, stop) of each fused matrix; one interval when nothing is fused."""
-        if not self.splits:
-            return ((0, self.shape[0] if self.shape else 1),)
         bounds = [0]
-        for rows in self.splits:
+        for rows in self.splits or (self.matrix_shape[0],):
             bounds.append(bounds[-1] + rows)
         return tuple(zip(bounds[:-1], bounds[1:], strict=True))

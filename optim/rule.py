@@ -43,9 +43,7 @@ class Rule:
                 "set weight_decay to 0, and choose the size of the weight by radius"
             )
         if not 0.0 <= self.momentum < 1.0:
-            raise UsageError(
-                f"momentum {self.momentum} is the fraction kept: it must be in [0, 1)"
-            )
+            raise UsageError(f"momentum {self.momentum} is the fraction kept: it must be in [0, 1)")
         object.__setattr__(self, "_solver", steepest(self.norm, self.manifold))
 
     @property

@@ -145,9 +145,7 @@ class Exchange:
 
 def _unpack(bucket: Bucket, received: Tensor) -> list[Operands]:
     """Put each rank's pieces where they belong in the whole matrices."""
-    whole = [
-        tuple(received.new_empty(m.shape) for _ in range(m.operands)) for m in bucket.matrices
-    ]
+    whole = [tuple(received.new_empty(m.shape) for _ in range(m.operands)) for m in bucket.matrices]
     offset = 0
     for rank in range(bucket.ranks):
         for matrix, targets in zip(bucket.matrices, whole, strict=True):

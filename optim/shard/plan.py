@@ -154,7 +154,9 @@ class Plan:
                         "bytes_sent": [
                             0
                             if bucket.transport is Transport.LOCAL
-                            else m.region(r).numel * m.operands * m.element_bytes
+                            else m.region(r).numel
+                            * m.operands
+                            * m.element_bytes
                             * (bucket.ranks - 1)
                             for r in range(bucket.ranks)
                         ],

@@ -1,0 +1,46 @@
+"""Composing configs outside `train.py`. Hydra is imported lazily: `--help` stays fast."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from geon.errors import UsageError
+from geon.launch.env import wants_traceback
+
+if TYPE_CHECKING:
+    from geon.configs.schema import Config
+
+
+def guard(action: Callable[[], int]) -> int:
+    """Exit status of a command line: bad input is one message and 2, Ctrl-C is 130."""
+    try:
+        return action()
+    except UsageError as error:
+        if wants_traceback():
+            raise
+        print(f"geon: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def compose(overrides: Sequence[str]) -> "Config":
+    """Config that train.py composes from the same overrides.
+
+    Raises:
+        UsageError: an unknown key or option, or a value of the wrong type or range.
+    """
+    import hydra
+    from hydra.errors import HydraException
+
+    from geon.configs import check, schema
+
+    schema.register()
+    try:
+        check.check_overrides(overrides)
+        with hydra.initialize_config_dir(str(check.ROOT), version_base="1.3"):
+            composed = hydra.compose("train", overrides=list(overrides))
+    except HydraException as error:
+        reasons = [str(e).splitlines()[0] for e in (error, error.__cause__) if e and e.args]
+        raise UsageError(f"config: {': '.join(dict.fromkeys(reasons))}") from None
+    return check.resolve(composed)

@@ -1,0 +1,154 @@
+"""One job on a Slurm cluster: `python -m geon.launch.slurm cluster=slurm experiment=...`.
+
+The sbatch file starts torchrun once a node; the submission folder, train.py and the Python
+environment must be on a file system that all nodes see.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from geon.errors import UsageError
+from geon.launch.compose import compose, guard
+from geon.launch.local import ROOT
+
+if TYPE_CHECKING:
+    from geon.configs.schema import ClusterConfig, Config
+
+_WARNING_SECONDS = 90
+"""Time between Slurm's SIGUSR1 and the end of the allocation."""
+_SAVE_SECONDS = 80
+"""Time torchrun leaves its ranks after a signal, before it kills them."""
+
+_TEMPLATE = """\
+#!/bin/bash
+{directives}
+
+set -e
+
+{setup}export OMP_NUM_THREADS={cpus_per_rank}
+# Restarted ranks must meet in a store of their own: in the agents' shared one they would read the
+# address of a dead rank.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={save_seconds}
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 10000))
+
+srun --ntasks-per-node=1 --cpus-per-task={cpus} --kill-on-bad-exit=1 torchrun \\
+    --nnodes={nodes} --nproc-per-node={ranks_per_node} --max-restarts=1 \\
+    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$port" \\
+    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \\
+    {program}
+"""
+
+
+def render(config: "Config", overrides: Sequence[str]) -> str:
+    """The sbatch file of a job.
+
+    GPUs are asked for unless device=cpu. `cluster` overrides are left out of what train.py is
+    given.
+
+    Raises:
+        UsageError: cluster=local, or a value that a directive cannot hold.
+    """
+    cluster = config.cluster
+    check_cluster(cluster)
+    rest = [text for text in overrides if not re.match(r"[+~]*cluster[.=@]", text)]
+    return _TEMPLATE.format(
+        directives="\n".join(f"#SBATCH --{line}" for line in _directives(config)),
+        setup=f"{cluster.setup.rstrip()}\n\n" if cluster.setup.strip() else "",
+        nodes=cluster.nodes,
+        ranks_per_node=cluster.ranks_per_node,
+        cpus_per_rank=cluster.cpus_per_rank,
+        cpus=cluster.cpus_per_rank * cluster.ranks_per_node,
+        save_seconds=_SAVE_SECONDS,
+        program=shlex.join([str(ROOT / "train.py"), *rest]),
+    )
+
+
+def check_cluster(cluster: "ClusterConfig") -> None:
+    """Check the values that become directives.
+
+    Raises:
+        UsageError: names the key.
+    """
+    if cluster.name == "local":
+        raise UsageError(
+            "cluster=local is this machine and needs no sbatch file: set cluster=slurm, or start "
+            "train.py with torchrun"
+        )
+    for key in ("nodes", "ranks_per_node", "cpus_per_rank"):
+        if getattr(cluster, key) < 1:
+            raise UsageError(f"cluster.{key} must be positive, got {getattr(cluster, key)}")
+    for key in ("partition", "account", "time"):
+        if re.search(r"\s", getattr(cluster, key)):
+            raise UsageError(
+                f"cluster.{key} '{getattr(cluster, key)}' has a space or line break, which a "
+                "directive cannot hold"
+            )
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", cluster.time):
+        raise UsageError(
+            f"cluster.time '{cluster.time}' is not a Slurm time limit: write minutes, "
+            "hours:minutes:seconds or days-hours"
+        )
+
+
+def _directives(config: "Config") -> list[str]:
+    cluster = config.cluster
+    lines = [
+        f"job-name={config.name}",
+        "output=%x-%j.log",
+        f"nodes={cluster.nodes}",
+        "ntasks-per-node=1",
+        f"cpus-per-task={cluster.cpus_per_rank * cluster.ranks_per_node}",
+        f"time={cluster.time}",
+        f"signal=USR1@{_WARNING_SECONDS}",
+    ]
+    if config.device != "cpu":
+        lines.append(f"gpus-per-node={cluster.ranks_per_node}")
+    if cluster.partition:
+        lines.append(f"partition={cluster.partition}")
+    if cluster.account:
+        lines.append(f"account={cluster.account}")
+    return lines
+
+
+def submit(script: str) -> int:
+    """Give a file to sbatch on its standard input; returns sbatch's exit status.
+
+    Raises:
+        UsageError: this machine has no sbatch.
+    """
+    if shutil.which("sbatch") is None:
+        raise UsageError(
+            "sbatch is not installed on this machine: submit from a login node of the cluster, or "
+            "print the file with --dry-run"
+        )
+    return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m geon.launch.slurm", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. cluster=slurm")
+    parser.add_argument("--dry-run", action="store_true", help="print the file, submit nothing")
+    told = parser.parse_intermixed_args(arguments)
+
+    def act() -> int:
+        script = render(compose(told.overrides), told.overrides)
+        if told.dry_run:
+            print(script, end="")
+            return 0
+        return submit(script)
+
+    return guard(act)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Command lines besides train.py, each `python -m geon.scripts.<name>`."""

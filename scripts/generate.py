@@ -1,0 +1,66 @@
+"""Sample text from a checkpoint: python -m geon.scripts.generate runs/first_run --prompt 'def '."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from geon.data import Codec, load_codec
+from geon.engine import checkpoint
+from geon.engine.sample import sample
+from geon.errors import UsageError
+from geon.models import MODELS, LanguageModel, ModelShape
+
+
+def load(path: Path, device: str) -> tuple[LanguageModel, Codec]:
+    """Model and codec of a run folder or checkpoint.
+
+    Raises:
+        UsageError: no committed checkpoint there, or one whose text has no codec.
+    """
+    found = checkpoint.find(path)
+    if found is None:
+        raise UsageError(f"'{path}' holds no committed checkpoint (give a run folder)")
+    facts = checkpoint.read_commit(found)
+    if facts["codec"] is None:
+        raise UsageError(f"'{found}' was trained on token ids whose text is not known (data=bins)")
+    shape = dict(facts["model"])
+    arch = shape.pop("arch")
+    with torch.device("meta"):
+        model = MODELS[arch](ModelShape(**shape))
+    model.to_empty(device=device)
+    checkpoint.load_weights(found, model)
+    return model.eval(), load_codec(facts["codec"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder or checkpoint")
+    parser.add_argument("--prompt", default="def ")
+    parser.add_argument("--tokens", type=int, default=400, help="tokens to draw")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    try:
+        if not args.prompt:
+            raise UsageError("--prompt must not be empty")
+        if args.temperature < 0:
+            raise UsageError(f"--temperature must not be negative, got {args.temperature}")
+        model, codec = load(args.run, args.device)
+    except UsageError as error:
+        print(f"geon: error: {error}", file=sys.stderr)
+        return 2
+    prompt = torch.from_numpy(codec.encode(args.prompt).astype(np.int64)).to(args.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = sample(model, prompt, args.tokens, args.temperature, generator, args.top_k)
+    print(codec.decode(tokens.tolist()).decode("utf-8", errors="replace"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Small real training jobs through the launcher, and what they leave."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from geon.engine import checkpoint
+from geon.launch import local
+from geon.models import MODELS, ModelShape
+
+TINY = [
+    "data=synthetic",
+    "data.tokens=60000",
+    "data.vocab_size=64",
+    "data.val_tokens=2048",
+    "data.batch_tokens=2048",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.d_model=32",
+    "model.context=64",
+    "schedule.steps=20",
+    "checkpoint.every=0",
+    "device=cpu",
+]
+
+
+def train(output: Path, name: str, ranks: int, *arguments: str, ok: bool = True):
+    """Run a job; returns its run folder, or the completed process when `ok` is false."""
+    command = [*TINY, f"output={output}", f"name={name}", *arguments]
+    done = local.run(ranks, command, threads=1, timeout=240)
+    if not ok:
+        return done
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return output / name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a run's newest checkpoint, read by one process."""
+    found = checkpoint.find(folder)
+    shape = dict(checkpoint.read_commit(found)["model"])
+    model = MODELS[shape.pop("arch")](ModelShape(**shape))
+    checkpoint.load_weights(found, model)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest relative Frobenius distance over the parameters."""
+    assert a.keys() == b.keys()
+    return max(((a[k] - b[k]).norm() / a[k].norm()).item() for k in a)
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def metrics(folder: Path, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]

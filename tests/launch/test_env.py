@@ -1,0 +1,46 @@
+import pytest
+
+from geon.errors import UsageError
+from geon.launch.env import Env, read_env, wants_traceback
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in (*TORCHRUN, "TORCHELASTIC_RESTART_COUNT", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_one_process_without_a_launcher(environment):
+    assert read_env() == Env(rank=0, world=1, local_rank=0, launched=False, restart=0)
+    assert read_env().main
+
+
+def test_what_torchrun_sets(environment):
+    for name, value in TORCHRUN.items():
+        environment.setenv(name, value)
+    environment.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert read_env() == Env(rank=5, world=8, local_rank=1, launched=True, restart=2)
+    assert not read_env().main
+
+
+@pytest.mark.parametrize("absent", TORCHRUN)
+def test_partly_set_names_what_is_missing(environment, absent):
+    for name in set(TORCHRUN) - {absent}:
+        environment.setenv(name, TORCHRUN[name])
+    with pytest.raises(UsageError, match=f"but not {absent}: start ranks with torchrun"):
+        read_env()
+
+
+def test_traceback_is_asked_for_as_in_hydra(environment):
+    assert not wants_traceback()
+    environment.setenv("HYDRA_FULL_ERROR", "1")
+    assert wants_traceback()

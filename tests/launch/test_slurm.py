@@ -1,0 +1,160 @@
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from geon.errors import UsageError
+from geon.launch import slurm
+from geon.launch.compose import compose
+
+bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def script_of(*told):
+    return slurm.render(compose(told), told)
+
+
+def stub(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_directives_and_launch_follow_the_cluster_group():
+    script = script_of(
+        "cluster=slurm",
+        "cluster.nodes=2",
+        "cluster.ranks_per_node=4",
+        "cluster.cpus_per_rank=3",
+        "cluster.partition=gpu",
+        "cluster.account=phys",
+        "cluster.time=1-00:00:00",
+        "cluster.setup='module load cuda'",
+        "name=big",
+    )
+    for line in (
+        "#SBATCH --job-name=big",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --cpus-per-task=12",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=phys",
+        "#SBATCH --time=1-00:00:00",
+        "module load cuda",
+        "export OMP_NUM_THREADS=3",
+        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+    ):
+        assert line in script.splitlines()
+    for word in (
+        "--nnodes=2",
+        "--nproc-per-node=4",
+        "--rdzv-backend=c10d",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
+    ):
+        assert word in script.split()
+    assert script.endswith("train.py name=big\n")
+
+
+def test_what_is_not_set_is_left_out():
+    script = script_of("cluster=slurm", "device=cpu")
+    for word in ("gpus", "partition", "account"):
+        assert word not in script
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["cluster=local"], "cluster=local is this machine.*set cluster=slurm"),
+        ([], "cluster=local"),
+        (["cluster=slurm", "cluster.nodes=0"], "cluster.nodes must be positive, got 0"),
+        (["cluster=slurm", "cluster.time=soon"], "cluster.time 'soon' is not a Slurm time limit"),
+        (["cluster=slurm", "cluster.partition='a b'"], "cluster.partition 'a b' has a space"),
+    ],
+)
+def test_bad_input_is_refused(told, message):
+    with pytest.raises(UsageError, match=message):
+        script_of(*told)
+
+
+@bash
+def test_overrides_reach_the_program_unchanged(tmp_path, monkeypatch):
+    told = ("data.path='it is $HOME; \"x\"'", "optim.rest.betas=[0.9,0.95]", "name='a=b'")
+    script = script_of("cluster=slurm", *told)
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+    stub(tmp_path, "scontrol", "printf 'first\\nsecond\\n'")
+    stub(tmp_path, "srun", "printf '%s\\n' \"$@\"")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "123456")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    ran = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=True)
+    words = ran.stdout.splitlines()
+    assert tuple(words[-3:]) == told
+    assert "--rdzv-endpoint=first:23456" in words
+    assert "--rdzv-id=123456" in words
+
+
+@bash
+def test_a_failing_setup_line_ends_the_job(tmp_path, monkeypatch):
+    stub(tmp_path, "srun", "echo started")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    script = script_of("cluster=slurm", "cluster.setup='false'")
+    ran = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=False)
+    assert ran.returncode != 0
+    assert not ran.stdout
+
+
+def test_dry_run_prints_and_submits_nothing(capsys):
+    assert slurm.main(["cluster=slurm", "--dry-run", "experiment=first_run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("#!/bin/bash\n#SBATCH --job-name=first_run\n")
+
+
+def test_without_sbatch_the_message_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.main(["cluster=slurm"]) == 2
+    assert "sbatch is not installed" in capsys.readouterr().err
+
+
+@bash
+def test_sbatch_reads_the_file_and_its_status_is_ours(tmp_path, monkeypatch):
+    got = tmp_path / "got"
+    stub(tmp_path, "sbatch", f"cat > {got}\nexit 3")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert slurm.main(["cluster=slurm", "seed=4"]) == 3
+    assert got.read_text() == script_of("cluster=slurm", "seed=4")
+
+
+@bash
+@pytest.mark.dist
+def test_the_file_trains_when_srun_runs_on_this_machine(tmp_path, monkeypatch):
+    stub(tmp_path, "scontrol", "echo localhost")
+    stub(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
+    folders = [str(tmp_path), str(Path(shutil.which("torchrun") or "").parent)]
+    monkeypatch.setenv("PATH", os.pathsep.join([*folders, os.environ["PATH"]]))
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
+    script = script_of(
+        "cluster=slurm",
+        "cluster.ranks_per_node=2",
+        "cluster.cpus_per_rank=1",
+        "data=synthetic",
+        "data.tokens=20000",
+        "data.val_tokens=256",
+        "data.batch_tokens=256",
+        "model.n_layer=1",
+        "model.d_model=32",
+        "model.n_head=2",
+        "model.context=32",
+        "schedule.steps=2",
+        f"output={tmp_path}",
+        "device=cpu",
+    )
+    ran = subprocess.run(
+        ["bash"], input=script, text=True, capture_output=True, check=False, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "run" / "report.json").is_file()

@@ -1,0 +1,194 @@
+"""Architectures: declared roles, costs, causality, and logits beside Hugging Face's own code."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from geon.errors import UsageError
+from geon.models import GPT, GPT2, MODELS, ModelShape
+from geon.optim import Role
+
+SMALL = {"vocab_size": 50, "context": 32, "n_layer": 2, "n_head": 4, "d_model": 64}
+
+
+def make(arch, seed=0, **options):
+    model = MODELS[arch](ModelShape(**{**SMALL, **options}))
+    generator = torch.Generator().manual_seed(seed)
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for info in model.roles():
+            params[info.name].copy_(model.initial(info, generator))
+    return model
+
+
+def tokens(batch=2, time=32, vocab=50):
+    return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_every_parameter_has_its_role(arch, fused):
+    model = make(arch, fused_qkv=fused)
+    infos = {i.name: i for i in model.roles()}
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {
+        n: i.shape for n, i in infos.items()
+    }
+    hidden = [i for i in infos.values() if i.role is Role.HIDDEN]
+    assert sum(len(i.parts) for i in hidden) == 6 * SMALL["n_layer"]
+    assert {i.splits for i in hidden} == ({(64, 64, 64), ()} if fused else {()})
+    ends = {i.role for n, i in infos.items() if n in ("embed.weight", "head.weight")}
+    assert ends == ({Role.EMBEDDING, Role.HEAD} if arch == "gpt" else {Role.TIED})
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_the_future_is_not_seen(arch):
+    model, x = make(arch), tokens()
+    changed = x.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 50
+    with torch.no_grad():
+        before, after = model(x), model(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_flops_are_those_that_torch_counts(arch):
+    model, x = make(arch), tokens()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, x).backward()
+    assert counter.get_total_flops() == model.flops_per_token() * x.numel()
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_loss_starts_at_the_uniform_guess_with_a_zero_head(arch):
+    model = make(arch, zero_init_proj=True)
+    loss = model(tokens(), tokens().roll(7))
+    assert loss.item() == pytest.approx(torch.tensor(50.0).log().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_activation_checkpointing_changes_nothing(arch):
+    grads = []
+    for keep in (False, True):
+        model = make(arch)
+        model.checkpoint_activations = keep
+        model(tokens(), tokens()).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_compiled_blocks_agree(arch):
+    eager, compiled = make(arch), make(arch)
+    for block in compiled.shard_units():
+        block.compile(backend="aot_eager")
+    losses = []
+    for model in (eager, compiled):
+        loss = model(tokens(), tokens())
+        loss.backward()
+        losses.append(loss)
+    torch.testing.assert_close(*losses)
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_relu_squared_has_the_gradient_that_autograd_finds():
+    from geon.models.layers import relu_squared
+
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(relu_squared, (x,))
+    torch.testing.assert_close(relu_squared(x), x.relu() ** 2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_gpt_is_nanochat(fused, softcap):
+    """Logits of transformers' NanoChatForCausalLM with our weights."""
+    hf = pytest.importorskip("transformers")
+    model = make("gpt", fused_qkv=fused, softcap=softcap)
+    other = hf.NanoChatForCausalLM(
+        hf.NanoChatConfig(
+            vocab_size=50,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=32,
+            final_logit_softcapping=softcap or None,
+            tie_word_embeddings=False,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    state = {"model.embed_tokens.weight": model.embed.weight, "lm_head.weight": model.head.weight}
+    for i, block in enumerate(model.blocks):
+        proj, layer = block.attention.proj_in, f"model.layers.{i}"
+        q, k, v = (
+            proj.qkv.weight.chunk(3) if fused else (proj.q.weight, proj.k.weight, proj.v.weight)
+        )
+        state |= {
+            f"{layer}.self_attn.q_proj.weight": q,
+            f"{layer}.self_attn.k_proj.weight": k,
+            f"{layer}.self_attn.v_proj.weight": v,
+            f"{layer}.self_attn.o_proj.weight": block.attention.proj_out.weight,
+            f"{layer}.mlp.fc1.weight": block.up.weight,
+            f"{layer}.mlp.fc2.weight": block.down.weight,
+        }
+    other.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()), other(tokens()).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_gpt2_is_gpt2():
+    """Logits of transformers' GPT2LMHeadModel, whose Conv1D stores (in, out) and fuses q, k, v."""
+    hf = pytest.importorskip("transformers")
+    model = make("gpt2", fused_qkv=True)
+    other = hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=50, n_positions=32, n_embd=64, n_layer=2, n_head=4)
+    ).eval()
+    ours, names = dict(model.named_parameters()), {}
+    names |= {"embed": "wte", "positions": "wpe", "norm": "ln_f"}
+    for i in range(2):
+        pairs = ("norm1 ln_1", "proj_in.qkv attn.c_attn", "proj_out attn.c_proj")
+        for pair in (*pairs, "norm2 ln_2", "up mlp.c_fc", "down mlp.c_proj"):
+            a, b = pair.split()
+            names[f"blocks.{i}.{a}"] = f"h.{i}.{b}"
+    state = other.state_dict()
+    with torch.no_grad():
+        for a, b in names.items():
+            for leaf in ("weight", "bias"):
+                if f"{a}.{leaf}" in ours:
+                    value = ours[f"{a}.{leaf}"]
+                    transposed = ".c_" in b and leaf == "weight"
+                    state[f"transformer.{b}.{leaf}"].copy_(value.mT if transposed else value)
+        torch.testing.assert_close(model(tokens()), other(tokens()).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        # GPT-2 small, medium: parameter counts of the released models, vocabulary 50257.
+        (GPT2, {"n_layer": 12, "n_head": 12, "d_model": 768, "count": 124_439_808}),
+        (GPT2, {"n_layer": 24, "n_head": 16, "d_model": 1024, "count": 354_823_168}),
+        # 12 L d^2 hidden weights and two tables.
+        (GPT, {"n_layer": 4, "n_head": 4, "d_model": 128, "count": 786_432 + 2 * 50257 * 128}),
+    ],
+)
+def test_parameter_counts(model, published):
+    sizes = dict(published)
+    count = sizes.pop("count")
+    with torch.device("meta"):
+        built = model(ModelShape(vocab_size=50257, context=1024, **sizes))
+    assert built.parameter_count() == count == sum(p.numel() for p in built.parameters())
+
+
+def test_bad_shapes_name_the_key():
+    with pytest.raises(UsageError, match=r"model.d_model 64.*model.n_head 5"):
+        make("gpt", n_head=5)
+    with pytest.raises(UsageError, match="model.n_layer must be positive"):
+        make("gpt", n_layer=0)
+    with pytest.raises(UsageError, match=r"33 tokens.*model.context"):
+        make("gpt2")(tokens(time=33))

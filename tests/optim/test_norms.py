@@ -1,0 +1,105 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geon.optim.norms import NORMS, Norm, Sign, Spectral
+from geon.optim.norms.base import inner
+from geon.optim.polar import Polar
+
+NAMES = sorted(NORMS)
+
+
+def make(name: str) -> Norm:
+    return Spectral(polar=Polar(steps=12)) if name == "spectral" else NORMS[name]()
+
+
+def gauss(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 24), cols=st.integers(1, 24), seed=st.integers(0, 10**6))
+def test_lmo_beats_every_feasible_point_and_attains_the_dual(name, rows, cols, seed):
+    norm, grad = make(name), gauss((rows, cols), seed).double()
+    best = norm.lmo(grad)
+    attained = inner(grad, best)
+    # 12 polynomial steps leave singular values below 1e-4 of the largest short of 1.
+    slack = 1e-3 if name == "spectral" else 1e-9
+    assert norm.value(best) <= 1 + slack
+    torch.testing.assert_close(attained, norm.dual(grad), rtol=slack, atol=1e-9)
+    for k in range(5):
+        other = gauss((rows, cols), seed + k + 1).double()
+        other = other / norm.value(other)
+        assert inner(grad, other) <= attained * (1 + slack)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_lmo_is_scale_invariant(name, scale):
+    norm, grad = make(name), gauss((12, 6))
+    torch.testing.assert_close(norm.lmo(grad * scale), norm.lmo(grad), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_gradient_gives_zero(name):
+    assert torch.equal(make(name).lmo(torch.zeros(6, 4)), torch.zeros(6, 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_are_treated_one_by_one(name):
+    norm = make(name)
+    batch = torch.stack([gauss((10, 6), s) for s in range(3)])
+    for verb in (norm.value, norm.dual, norm.lmo, norm.project):
+        single = torch.stack([verb(x) for x in batch])
+        torch.testing.assert_close(verb(batch), single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (7, 7)])
+def test_init_has_norm_one_and_is_seeded(name, shape):
+    norm = make(name)
+    first, again = (norm.init(shape, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    torch.testing.assert_close(norm.value(first), torch.tensor(1.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_projection_is_the_nearest_point_of_the_ball(name):
+    norm, w = make(name), gauss((9, 6), 5).double() * 4
+    nearest = norm.project(w)
+    assert norm.value(nearest) <= 1 + 1e-9
+    torch.testing.assert_close(norm.project(nearest), nearest)
+    for seed in range(20):  # obtuse angle with every feasible point: the projection theorem
+        other = gauss((9, 6), seed).double()
+        other = other / norm.value(other)
+        assert inner(w - nearest, other - nearest) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["sign", "colnorm", "rownorm"])
+def test_reach_is_honest(name):
+    """What `reach` calls enough gives the same LMO as the whole matrix."""
+    norm, grad = make(name), gauss((12, 8))
+    whole = norm.lmo(grad)
+    torch.testing.assert_close(norm.lmo(grad[3:7], (12, 8)), whole[3:7])
+    if isinstance(norm, Sign):
+        torch.testing.assert_close(norm.lmo(grad[:, 2:5], (12, 8)), whole[:, 2:5])
+
+
+def test_colnorm_gives_each_token_rms_one():
+    step = NORMS["colnorm"]().lmo(gauss((50, 16)))
+    torch.testing.assert_close(step.square().mean(dim=-1).sqrt(), torch.ones(50))
+
+
+def test_spectral_scales():
+    grad = gauss((32, 8))
+    lengths = {
+        scale: torch.linalg.matrix_norm(Spectral(scale, Polar(steps=10)).lmo(grad), 2).item()
+        for scale in ("rms", "muon", "none")
+    }
+    assert lengths == pytest.approx({"rms": 2.0, "muon": 2.0, "none": 1.0}, rel=1e-3)
+    wide = torch.linalg.matrix_norm(Spectral("muon", Polar(steps=10)).lmo(grad.mT), 2).item()
+    assert wide == pytest.approx(1.0, rel=1e-3)
+    with pytest.raises(ValueError, match="spectral scale"):
+        Spectral(scale="moon")
