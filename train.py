@@ -3,10 +3,13 @@
 Hydra composes the config, the schema checks it, the engine runs it.
 """
 
+import hashlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,15 +22,42 @@ from geon.errors import UsageError
 from geon.launch.env import read_env, wants_traceback
 
 
-def refuse_cleanly(action: Callable[[], None]) -> None:
-    """Turn bad input into one message and exit status 2, on whichever rank."""
+def leave(status: int) -> NoReturn:
+    """Exit now. Under a launcher, without tearing the interpreter down.
+
+    A process group's threads drop their last Python objects when they please. One that does so
+    while the group or the interpreter is being destroyed waits for a lock that the destroyer
+    holds, or aborts. All files are closed by now, so nothing is lost by not tidying up.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if read_env().launched:
+        os._exit(status)
+    sys.exit(status)
+
+
+def guarded(action: Callable[[], None]) -> None:
+    """Run; turn bad input into one message and exit status 2, on whichever rank."""
     try:
         action()
     except UsageError as error:
         if wants_traceback():
+            traceback.print_exc()
+        print(f"geon: error: {error}", file=sys.stderr)
+        leave(2)
+    except Exception:
+        if not read_env().launched:
             raise
-        print(f"geon: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        traceback.print_exc()
+        leave(1)
+
+
+def job_name(name: str, overrides: str) -> str:
+    """Run name of one job of a multirun: told apart by its overrides, cut but still unique."""
+    told = re.sub(r"[^A-Za-z0-9._=,+-]", "-", overrides)
+    if len(told) > 60:
+        told = f"{told[:50]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+    return f"{name[:60]}-{told}"
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -38,22 +68,16 @@ def main(composed: DictConfig) -> None:
         config = resolve(composed)
         job = HydraConfig.get()
         if job.mode is RunMode.MULTIRUN:
-            told = re.sub(r"[^A-Za-z0-9._=,+-]", "-", job.job.override_dirname)
-            config.name = f"{config.name}-{told}"[:128]
+            config.name = job_name(config.name, job.job.override_dirname)
         from geon.engine.main import execute
 
         execute(config, read_env())
 
-    refuse_cleanly(run)
+    guarded(run)
 
 
 if __name__ == "__main__":
     register()
-    refuse_cleanly(lambda: check_overrides(sys.argv[1:]))
+    guarded(lambda: check_overrides(sys.argv[1:]))
     main()
-    if read_env().launched:
-        # Everything is written and closed. A process group's threads may still hold Python
-        # objects, and one that lets go while the interpreter shuts down aborts the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    leave(0)

@@ -15,7 +15,15 @@ HEADER_BYTES = 4 * HEADER_INTS
 
 
 def write_bin(path: str | Path, tokens: np.ndarray) -> None:
-    """Write one shard."""
+    """Write one shard.
+
+    Raises:
+        UsageError: an id that uint16 cannot hold.
+    """
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**16:
+        raise UsageError(
+            f"token ids {tokens.min()} to {tokens.max()} do not fit the uint16 of '{path}'"
+        )
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     with Path(path).open("wb") as file:
@@ -29,6 +37,8 @@ def open_bin(path: Path, vocab_size: int, key: str) -> np.ndarray:
     Raises:
         UsageError: names the file, the field, what was found and what was expected.
     """
+    if not path.is_file():
+        raise UsageError(f"'{path}' is not a file ({key})")
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise UsageError(

@@ -40,8 +40,8 @@ class ByteCodec(Codec):
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """The ids themselves."""
-        return bytes(ids)
+        """The ids themselves; ids that padding added to the vocabulary have no byte."""
+        return bytes(int(i) for i in ids if i < 256)
 
     def token_bytes(self) -> np.ndarray:
         """One each."""

@@ -16,10 +16,10 @@ from geon.errors import UsageError
 _ROUNDS = 4  # Luby and Rackoff: four rounds of a Feistel network make a strong permutation
 
 
-def _mix(x: np.ndarray, key: int) -> np.ndarray:
-    """Hash 64-bit words with a key (the finaliser of SplitMix64, Steele et al. 2014)."""
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Hash 64-bit words (the finaliser of SplitMix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
-        x = (x + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
+        x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -33,12 +33,14 @@ def permute(index: np.ndarray, length: int, key: int) -> np.ndarray:
     """
     half = max(1, (max(length - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
+    # Hashed, because keys that differ by a little would otherwise give rounds that do too.
+    rounds = _mix(_mix(np.full(_ROUNDS, key, np.uint64)) + np.arange(_ROUNDS, dtype=np.uint64))
     out = index.astype(np.uint64)
     todo = np.ones(len(out), dtype=bool)
     while todo.any():
         left, right = out[todo] >> np.uint64(half), out[todo] & mask
-        for i in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right, key * _ROUNDS + i) & mask)
+        for round_key in rounds:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
         out[todo] = (left << np.uint64(half)) | right
         todo = out >= length
     return out.astype(np.int64)

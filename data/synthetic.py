@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from geon.data.corpus import Corpus, Split
+from geon.errors import UsageError
 
 _BRANCH = 4
 
@@ -13,9 +14,19 @@ def synthetic_corpus(vocab_size: int, tokens: int, val_percent: float, seed: int
     """First-order Markov text: after each token, one of four, with odds 8:4:2:2.
 
     The entropy rate is 1.213 nats a token, so a loss has a floor to be compared with.
+
+    Raises:
+        UsageError: a vocabulary that uint16 or the odds cannot hold, or too few tokens.
     """
-    rng = np.random.Generator(np.random.PCG64(seed))
-    following = rng.integers(0, vocab_size, size=(vocab_size, _BRANCH))
+    if not _BRANCH <= vocab_size <= 2**16:
+        raise UsageError(
+            f"data.vocab_size {vocab_size}: data=synthetic takes {_BRANCH} to {2**16} ids"
+        )
+    if tokens < 4:
+        raise UsageError(f"data.tokens {tokens} is too few for data=synthetic")
+    rng = np.random.Generator(np.random.PCG64(abs(seed)))
+    followers = [rng.choice(vocab_size, size=_BRANCH, replace=False) for _ in range(vocab_size)]
+    following = np.stack(followers)
     choice = rng.choice(_BRANCH, size=tokens, p=np.array([8, 4, 2, 2]) / 16)
     ids = np.empty(tokens, dtype=np.uint16)
     token = 0

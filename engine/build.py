@@ -68,6 +68,10 @@ class Routing:
         """Rule of a parameter."""
         return self.rules[self.assigned[info.name]]
 
+    def members(self, route: str) -> list[ParamInfo]:
+        """Parameters of a route, in the order of the model."""
+        return [info for info in self.infos if self.assigned[info.name] == route]
+
     def table(self) -> str:
         """The role/route table."""
         described = {
@@ -266,7 +270,7 @@ def make_optimizer(model: LanguageModel, routing: Routing, config: Config) -> Hy
             name,
             rule,
             routing.configs[name].lr,
-            [(i, params[i.name]) for i in routing.infos if routing.assigned[i.name] == name],
+            [(info, params[info.name]) for info in routing.members(name)],
         )
         for name, rule in routing.rules.items()
     ]
@@ -276,13 +280,13 @@ def make_optimizer(model: LanguageModel, routing: Routing, config: Config) -> Hy
 def plan_ahead(config: Config, routing: Routing, world: int) -> Plan:
     """The plan that `world` ranks will follow, made without any of them."""
     matrices = []
-    for info in routing.infos:
-        rule = routing.rule(info)
+    for name, rule in routing.rules.items():
         if isinstance(rule, AdamW):
             continue
-        layout = planned_layout(info.shape, config.parallel, world)
-        group = "shard" if layout.ranks > 1 else ""
-        matrices += matrices_of(info, routing.assigned[info.name], rule, layout, group)
+        for info in routing.members(name):
+            layout = planned_layout(info.shape, config.parallel, world)
+            group = "shard" if layout.ranks > 1 else ""
+            matrices += matrices_of(info, name, rule, layout, group)
     return make_plan(matrices, config.shard.max_buffer_mb)
 
 

@@ -16,6 +16,8 @@ from geon.engine.metrics import peak_flops
 from geon.engine.trainer import Callback, Trainer
 from geon.optim import Role, Rule
 
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
 
 class Progress(Callback):
     """Metrics every few steps, and a bar on a terminal or lines elsewhere."""
@@ -37,7 +39,7 @@ class Progress(Callback):
                 unit="step",
                 disable=None,
                 dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+                bar_format=_BAR,
             )
 
     def on_step(self, trainer: Trainer) -> None:

@@ -46,19 +46,17 @@ def train(config: Config, env: Env) -> None:
     routing = build.make_routing(model, config.optim)
     resume = _find_resume(config, build.fingerprint(model), env)
     parallel = start(config.parallel, config.device, env)
-    try:
-        run = build.build(config, parallel, corpus, batches, model, routing)
-        folder = Path(config.output) / config.name
-        trainer = Trainer(run, folder, _callbacks(config))
-        if resume is not None:
-            _resume(trainer, resume)
-        parallel.barrier()
-        if env.main:
-            _prepare_folder(trainer, resume)
-        parallel.barrier()
-        trainer.fit()
-    finally:
-        parallel.close()
+    run = build.build(config, parallel, corpus, batches, model, routing)
+    folder = Path(config.output) / config.name
+    trainer = Trainer(run, folder, _callbacks(config))
+    if resume is not None:
+        _resume(trainer, resume)
+    parallel.barrier()
+    if env.main:
+        _prepare_folder(trainer, resume)
+    parallel.barrier()
+    trainer.fit()
+    parallel.barrier()
 
 
 def _callbacks(config: Config) -> list[Callback]:

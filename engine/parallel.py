@@ -167,11 +167,6 @@ class Parallel:
         if self.mesh is not None:
             dist.barrier()
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def start(config: ParallelConfig, device: str, env: Env) -> Parallel:
     """Check that layout, ranks and device fit, then join the process group.

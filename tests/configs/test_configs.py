@@ -159,6 +159,26 @@ def test_overrides_of_an_experiment_reach_their_parameters(tmp_path):
     assert routing.rules["first"].decay == 0.1
 
 
+def test_overrides_of_the_command_line_reach_their_parameters():
+    override = "+optim.overrides.q={pattern: '*.q.weight', lr: 0.01, manifold: euclidean}"
+    check_overrides([override])
+    _, routing = build(resolve(composed(override)))
+    taken = [name for name, route in routing.assigned.items() if route == "q"]
+    assert taken
+    assert all(name.endswith(".q.weight") for name in taken)
+    assert routing.configs["q"].lr == 0.01
+
+
+@pytest.mark.parametrize("setting", ["lrr: 1", "lr: fast", "rule: adamv"])
+def test_bad_settings_of_an_override_are_refused_by_key(setting):
+    override = f"+optim.overrides.q={{pattern: a, {setting}}}"
+    with pytest.raises((UsageError, HydraException)) as caught:
+        check_overrides([override])
+        resolve(composed(override))
+    key = setting.split(":")[0]
+    assert f"overrides.q.{key}" in f"{caught.value} {caught.value.__cause__}"
+
+
 @pytest.mark.parametrize("flag", ["--cfg job", "--help"])
 def test_config_and_help_are_printed(flag, tmp_path):
     done = run(*flag.split(), cwd=tmp_path)
@@ -284,7 +304,7 @@ schedule.floor=2 | schedule.budget_seconds=-1
 data.batch_tokens=0 | data.micro_batch=-1 | data.val_tokens=-1 | data.bpe_vocab=-1
 data.val_percent=0 | data.val_percent=100 | data.val_percent=nan
 logger.every=0 | logger.spectrum_every=-1
-eval.every=-1 | eval.batch=0 | eval.sample_tokens=-1 | eval.sample_temperature=0
+eval.every=-1 | eval.batch=0 | eval.sample_tokens=-1
 checkpoint.every=-1 | checkpoint.keep=0
 parallel.replicas=0 | parallel.timeout_seconds=nan | shard.max_buffer_mb=0
 model.n_layer=0 | model.n_head=3 | model.d_model=-1 | model.context=0 | model.mlp_ratio=0
@@ -301,7 +321,8 @@ optim=uscion optim.hidden.weight_decay=-1
 optim=adamw optim.hidden.eps=-1 | optim=adamw optim.hidden.weight_decay=-1
 optim=adamw optim.hidden.betas=[0.9] | optim=adamw optim.hidden.betas=[1.5,0.9]
 data=synthetic data.tokens=-5 | data=synthetic data.tokens=0 | data=synthetic data.vocab_size=0
-plan.world_size=-1
+plan.world_size=-1 | cluster.nodes=0 | cluster.ranks_per_node=0 | cluster.cpus_per_rank=0
+sweep.parallel_jobs=0
 """
 
 

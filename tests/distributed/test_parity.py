@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tests.distributed.jobs import distance, metrics, train, weights
 
@@ -15,7 +16,7 @@ CASES = [
     ("hybrid", 3, ["parallel=fsdp", "data.batch_tokens=1920"]),
     ("hybrid", 4, ["parallel=hsdp", "parallel.replicas=2"]),
     ("muon", 2, ["parallel=fsdp", "model.fused_qkv=true"]),
-    ("scion", 2, ["parallel=fsdp", "model=gpt2"]),
+    ("scion", 2, ["parallel=fsdp"]),
     ("adamw", 2, ["parallel=fsdp", "model=gpt2"]),
 ]
 
@@ -25,7 +26,12 @@ def test_ranks_give_the_weights_of_one_process_after_20_steps(tmp_path, optim, r
     model = [o for o in options if o.startswith(("model", "data.batch"))]
     alone = train(tmp_path, "alone", 1, f"optim={optim}", *model)
     together = train(tmp_path, "together", ranks, f"optim={optim}", *options)
-    assert distance(weights(alone), weights(together)) <= 1e-5
+    one, many = weights(alone), weights(together)
+    if "model=gpt2" in options:
+        # Attention does not see a key bias, so its gradient is rounding noise, which AdamW
+        # scales to a step of full size. It has no effect on anything else.
+        one, many = ({k: v for k, v in w.items() if "k.bias" not in k} for w in (one, many))
+    assert distance(one, many) <= 1e-5
     rows = metrics(together, "train")
     assert rows[-1]["step"] == 20
     plan = json.loads((together / "plan.json").read_text())
@@ -34,6 +40,16 @@ def test_ranks_give_the_weights_of_one_process_after_20_steps(tmp_path, optim, r
     assert plan["totals"]["orthogonalized_per_step"] == expected
     # What was sent is what was planned, to the byte (the log is rank 0's).
     assert rows[-1]["optimizer_bytes_sent"] == 20 * plan["totals"]["bytes_sent_per_rank"][0]
+
+
+@pytest.mark.parametrize("model", ["gpt", "gpt2"])
+def test_sharding_the_optimizer_changes_no_bit(tmp_path, model):
+    """DDP and FSDP average two gradients alike, so all that differs is our exchange."""
+    options = [f"model={model}", "model.fused_qkv=true", "optim=hybrid"]
+    ddp = train(tmp_path, "ddp", 2, "parallel=ddp", *options)
+    fsdp = train(tmp_path, "fsdp", 2, "parallel=fsdp", *options)
+    a, b = weights(ddp), weights(fsdp)
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_the_printed_plan_is_the_plan_that_runs(tmp_path):
@@ -52,10 +68,9 @@ def test_the_printed_plan_is_the_plan_that_runs(tmp_path):
 def test_a_wrong_rank_count_is_one_clear_error_on_every_rank(tmp_path):
     done = train(tmp_path, "x", 2, "parallel=single", ok=False)
     assert done.returncode != 0
-    assert done.stderr.count("geon: error: parallel=single runs one process") >= 1
-    assert "Traceback (most recent call last):\n  File" not in done.stderr.split("torchrun")[0] or (
-        "geon: error" in done.stderr
-    )
+    assert "geon: error: parallel=single runs one process" in done.stderr
+    # torchrun itself ends with a traceback; none may name our files but the program's.
+    assert "/engine/" not in done.stderr
     assert not (tmp_path / "x").exists()
     done = train(tmp_path, "x", 3, "parallel=hsdp", "parallel.replicas=2", ok=False)
     assert "parallel.replicas 2 does not fit 3 ranks" in done.stderr

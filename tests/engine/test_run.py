@@ -172,7 +172,7 @@ REFUSED = [
     (["optim.hidden.weight_decay=0.1"], "set weight_decay to 0"),
     (["optim.hidden.manifold=stifel"], "Did you mean 'stiefel'?"),
     (["checkpoint.resume=/does/not/exist"], "holds no committed checkpoint"),
-    (["data.tokens=100"], "too few for one window"),
+    (["data.tokens=100"], "do not fill one window of model.context 64"),
     (["logger.wandb_mode=on"], "logger.wandb_mode 'on' is not one of"),
     (["name=../escape"], "it names a folder"),
     (["+optim.hidden.lrr=1"], "Did you mean 'optim.hidden.lr'?"),
@@ -216,9 +216,9 @@ def test_divergence_stops_with_the_step(tmp_path):
 
 
 def test_multirun_runs_one_process_jobs(tmp_path):
-    command = [sys.executable, str(local.ROOT / "train.py"), *TINY, "schedule.steps=2"]
-    command += ["-m", "seed=0,1", f"output={tmp_path}"]
+    command = [sys.executable, str(local.ROOT / "train.py"), "-m", *TINY, "schedule.steps=2"]
+    command += ["seed=0,1", f"output={tmp_path}"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
-    reports = sorted(tmp_path.glob("*/report.json"))
-    assert len(reports) == 2
-    assert {"seed=0", "seed=1"} == {r.parent.name.rsplit("-", 1)[-1][-6:] for r in reports}
+    configs = [yaml.safe_load(p.read_text()) for p in tmp_path.glob("run-*/config.yaml")]
+    assert {c["seed"] for c in configs} == {0, 1}
+    assert len(list(tmp_path.glob("run-*/report.json"))) == 2
