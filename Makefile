@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 RANKS ?= 2
+DEMO ?=
 BIN := .venv/bin
 
 help: ## list the targets
@@ -22,7 +23,7 @@ setup: .venv/dev ## create .venv with everything that tests and lint need
 	@touch $@
 
 demo: .venv/run ## train a byte-level GPT on real text, about 3 minutes on 2 cores
-	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) train.py experiment=first_run
+	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) train.py experiment=first_run $(DEMO)
 
 test: .venv/dev ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -4,12 +4,8 @@ Hydra composes the config, the schema checks it, the engine runs it.
 """
 
 import hashlib
-import os
 import re
 import sys
-import traceback
-from collections.abc import Callable
-from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,38 +14,8 @@ from omegaconf import DictConfig
 
 from geon.configs.check import check_overrides, resolve
 from geon.configs.schema import register
-from geon.errors import UsageError
-from geon.launch.env import read_env, wants_traceback
-
-
-def leave(status: int) -> NoReturn:
-    """Exit now. Under a launcher, without tearing the interpreter down.
-
-    A process group's threads drop their last Python objects when they please. One that does so
-    while the group or the interpreter is being destroyed waits for a lock that the destroyer
-    holds, or aborts. All files are closed by now, so nothing is lost by not tidying up.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if read_env().launched:
-        os._exit(status)
-    sys.exit(status)
-
-
-def guarded(action: Callable[[], None]) -> None:
-    """Run; turn bad input into one message and exit status 2, on whichever rank."""
-    try:
-        action()
-    except UsageError as error:
-        if wants_traceback():
-            traceback.print_exc()
-        print(f"geon: error: {error}", file=sys.stderr)
-        leave(2)
-    except Exception:
-        if not read_env().launched:
-            raise
-        traceback.print_exc()
-        leave(1)
+from geon.launch.env import read_env
+from geon.launch.leave import guard, leave
 
 
 def job_name(name: str, overrides: str) -> str:
@@ -73,11 +39,13 @@ def main(composed: DictConfig) -> None:
 
         execute(config, read_env())
 
-    guarded(run)
+    if status := guard(run):
+        leave(status)
 
 
 if __name__ == "__main__":
     register()
-    guarded(lambda: check_overrides(sys.argv[1:]))
+    if status := guard(lambda: check_overrides(sys.argv[1:])):
+        leave(status)
     main()
     leave(0)

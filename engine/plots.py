@@ -19,7 +19,7 @@ def plot_loss(folder: Path, yardsticks: dict[str, float] | None = None) -> Path 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
-        [r["tokens"] for r in train],
+        [r["tokens"] / 1e6 for r in train],
         [r["loss"] for r in train],
         color=_ACCENT,
         lw=1.2,
@@ -28,7 +28,7 @@ def plot_loss(folder: Path, yardsticks: dict[str, float] | None = None) -> Path 
     per_byte = [r for r in val if r["val_nats_per_byte"] is not None]
     key = "val_nats_per_byte" if per_byte else "val_nats_per_token"
     axes.plot(
-        [r["tokens"] for r in val],
+        [r["tokens"] / 1e6 for r in val],
         [r[key] for r in val],
         "o-",
         color=_INK,
@@ -38,15 +38,8 @@ def plot_loss(folder: Path, yardsticks: dict[str, float] | None = None) -> Path 
     )
     for name, value in (yardsticks or {}).items():
         axes.axhline(value, color="#9ca3af", lw=0.8, ls="--")
-        axes.annotate(
-            f"{name} {value:.3f}",
-            (train[-1]["tokens"], value),
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="#6b7280",
-        )
-    axes.set_xlabel("tokens")
+        axes.annotate(f"{name} {value:.3f}", (0, value), va="bottom", fontsize=8, color="#6b7280")
+    axes.set_xlabel("tokens, millions")
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -70,12 +63,12 @@ def plot_spectrum(folder: Path) -> Path | None:
             bands[i],
             bands[-1 - i],
             color=_ACCENT,
-            alpha=0.18,
+            alpha=0.15 * (i + 1),
             lw=0,
             label=f"{low:.0%} to {high:.0%}",
         )
     axes.plot(steps, bands[len(bands) // 2], color=_INK, lw=1.2, label="median")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(bands[-1]))
     axes.set_xlabel("step")
     axes.set_ylabel("singular value, RMS to RMS")
     axes.set_title("spectrum of the hidden weights", fontsize=10)

@@ -1,27 +1,12 @@
 """Composing configs outside `train.py`. Hydra is imported lazily: `--help` stays fast."""
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from geon.errors import UsageError
-from geon.launch.env import wants_traceback
 
 if TYPE_CHECKING:
     from geon.configs.schema import Config
-
-
-def guard(action: Callable[[], int]) -> int:
-    """Exit status of a command line: bad input is one message and 2, Ctrl-C is 130."""
-    try:
-        return action()
-    except UsageError as error:
-        if wants_traceback():
-            raise
-        print(f"geon: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def compose(overrides: Sequence[str]) -> "Config":

@@ -56,3 +56,8 @@ def read_env() -> Env:
 def wants_traceback() -> bool:
     """Whether the user asked for tracebacks, as Hydra users do."""
     return os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+
+
+def under_launcher() -> bool:
+    """Whether this process is one of several ranks that a launcher started."""
+    return "RANK" in os.environ

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from geon.errors import UsageError
-from geon.launch.compose import compose, guard
+from geon.launch.compose import compose
+from geon.launch.leave import guard
 from geon.launch.local import ROOT
 
 if TYPE_CHECKING:

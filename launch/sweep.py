@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geon.errors import UsageError
-from geon.launch.compose import compose, guard
+from geon.launch.compose import compose
+from geon.launch.leave import guard
 from geon.launch.local import command
 
 if TYPE_CHECKING:

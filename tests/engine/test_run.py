@@ -156,6 +156,16 @@ def test_muon_in_bf16_and_compiled_blocks_train(tmp_path):
     assert metrics(run, "train")[-1]["loss"] < metrics(run, "train")[0]["loss"]
 
 
+def test_wandb_works_offline_and_its_key_is_written_nowhere(tmp_path, monkeypatch):
+    canary = "c0ffee" * 6 + "abcd"
+    monkeypatch.setenv("WANDB_API_KEY", canary)
+    run = train(tmp_path, "logged", 1, "logger=wandb", "schedule.steps=3")
+    offline = list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(offline) == 1 and offline[0].stat().st_size > 0
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not [p for p in written if canary.encode() in p.read_bytes()]
+
+
 def test_the_budget_ends_a_slow_run_annealed(tmp_path):
     run = train(
         tmp_path, "slow", 1, "schedule.steps=100000", "schedule.budget_seconds=3", "logger.every=1"
