@@ -10,11 +10,11 @@ from tests.distributed.jobs import distance, metrics, train, weights
 pytestmark = pytest.mark.dist
 
 CASES = [
-    ("hybrid", 2, ["parallel=ddp"]),
+    ("hybrid", 2, ["parallel=ddp", "data.micro_batch=4"]),
     ("hybrid", 2, ["parallel=fsdp"]),
     ("hybrid", 2, ["parallel=fsdp", "data.micro_batch=4", "shard.max_buffer_mb=0.05"]),
     ("hybrid", 3, ["parallel=fsdp", "data.batch_tokens=1920"]),
-    ("hybrid", 4, ["parallel=hsdp", "parallel.replicas=2"]),
+    ("hybrid", 4, ["parallel=hsdp", "parallel.replicas=2", "data.micro_batch=4"]),
     ("muon", 2, ["parallel=fsdp", "model.fused_qkv=true"]),
     ("scion", 2, ["parallel=fsdp"]),
     ("adamw", 2, ["parallel=fsdp", "model=gpt2"]),
