@@ -21,11 +21,6 @@ from geon.launch.local import ROOT
 if TYPE_CHECKING:
     from geon.configs.schema import ClusterConfig, Config
 
-_WARNING_SECONDS = 90
-"""Time between Slurm's SIGUSR1 and the end of the allocation."""
-_SAVE_SECONDS = 80
-"""Time torchrun leaves its ranks after a signal, before it kills them."""
-
 _TEMPLATE = """\
 #!/bin/bash
 {directives}
@@ -36,12 +31,12 @@ set -e
 # Restarted ranks must meet in a store of their own: in the agents' shared one they would read the
 # address of a dead rank.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={save_seconds}
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
-srun --ntasks-per-node=1 --cpus-per-task={cpus} --kill-on-bad-exit=1 torchrun \\
+srun --ntasks-per-node=1 --cpus-per-task={cpus} --kill-on-bad-exit=1 \\
+    {python} -m torch.distributed.run \\
     --nnodes={nodes} --nproc-per-node={ranks_per_node} --max-restarts=1 \\
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$port" \\
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \\
@@ -68,7 +63,7 @@ def render(config: "Config", overrides: Sequence[str]) -> str:
         ranks_per_node=cluster.ranks_per_node,
         cpus_per_rank=cluster.cpus_per_rank,
         cpus=cluster.cpus_per_rank * cluster.ranks_per_node,
-        save_seconds=_SAVE_SECONDS,
+        python=shlex.quote(sys.executable),
         program=shlex.join([str(ROOT / "train.py"), *rest]),
     )
 
@@ -109,7 +104,6 @@ def _directives(config: "Config") -> list[str]:
         "ntasks-per-node=1",
         f"cpus-per-task={cluster.cpus_per_rank * cluster.ranks_per_node}",
         f"time={cluster.time}",
-        f"signal=USR1@{_WARNING_SECONDS}",
     ]
     if config.device != "cpu":
         lines.append(f"gpus-per-node={cluster.ranks_per_node}")
