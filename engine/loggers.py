@@ -44,7 +44,7 @@ class Wandb(Logger):
         try:
             import wandb
         except ImportError:
-            raise UsageError("logger=wandb needs the package: pip install 'geon[wandb]'") from None
+            raise UsageError("logger=wandb needs the package: pip install -e '.[wandb]'") from None
         self._run = wandb.init(
             project=config.wandb_project,
             name=name,
@@ -75,7 +75,7 @@ class Tensorboard(Logger):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UsageError(
-                "logger=tensorboard needs the package: pip install 'geon[tensorboard]'"
+                "logger=tensorboard needs the package: pip install -e '.[tensorboard]'"
             ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
@@ -105,7 +105,7 @@ def check_loggers(config: LoggerConfig) -> None:
 
     for wanted, package in ((config.wandb, "wandb"), (config.tensorboard, "tensorboard")):
         if wanted and find_spec(package) is None:
-            raise UsageError(f"logger={package} needs the package: pip install 'geon[{package}]'")
+            raise UsageError(f"logger={package} needs the package: pip install -e '.[{package}]'")
 
 
 def open_loggers(folder: Path, config: LoggerConfig, name: str, settings: Any) -> list[Logger]:
