@@ -43,6 +43,7 @@ from geon.optim import (
     route,
     table,
 )
+from geon.optim.router import check_partition
 from geon.optim.shard import Plan, locate, make_plan
 
 ROLES = {
@@ -274,6 +275,7 @@ def make_optimizer(model: LanguageModel, routing: Routing, config: Config) -> Hy
         )
         for name, rule in routing.rules.items()
     ]
+    check_partition(params, [[info.name for info, _ in group.params] for group in groups])
     return HybridOptimizer(groups, max_buffer_mb=config.shard.max_buffer_mb)
 
 

@@ -14,8 +14,9 @@ from geon.optim.router import check_partition
 from geon.optim.rule import Rule
 from geon.optim.shard import Exchange, Layout, Matrix, Plan, locate, make_plan
 
-# A manifold rule computes in fp32 whatever the weights are; see optim/manifolds/stiefel.py.
-_WIRE_BYTES = 4
+# Momenta, gathered weights and directions are fp32 whatever the weights are: bf16 cannot hold a
+# manifold better than 4e-3, and loses most of a small step to rounding.
+_WIRE = torch.float32
 
 
 @dataclass
@@ -72,7 +73,7 @@ class HybridOptimizer(torch.optim.Optimizer):
                 if isinstance(rule, AdamW):
                     self.state[param] = rule.new_state(param)
                 else:
-                    self.state[param] = {"momentum": torch.zeros_like(param)}
+                    self.state[param] = {"momentum": torch.zeros_like(param, dtype=_WIRE)}
 
     @property
     def plan(self) -> Plan:
@@ -134,7 +135,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             for name, param in zip(group["names"], group["params"], strict=True):
                 buffer = _local(self.state[param]["momentum"])
                 if lr != 0.0 and param.grad is not None:
-                    updates[name] = rule.average(_local(param.grad).float(), buffer)
+                    updates[name] = rule.average(_local(param.grad).to(_WIRE), buffer)
                 else:
                     if lr != 0.0:
                         buffer.mul_(rule.momentum)
@@ -164,7 +165,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             update = piece(matrix, updates[matrix.param])
             if matrix.operands == 1:
                 return (update,)
-            return update, piece(matrix, _local(self._params[matrix.param]))
+            return update, piece(matrix, _local(self._params[matrix.param])).to(_WIRE)
 
         def compute(matrix: Matrix, tensors: tuple[Tensor, ...]) -> Tensor:
             rule = self._rule(matrix)
@@ -237,7 +238,7 @@ def matrices_of(info: ParamInfo, name: str, rule: Rule, layout: Layout, group: s
             rule=name,
             reach=rule.reach,
             operands=operands,
-            element_bytes=_WIRE_BYTES,
+            element_bytes=_WIRE.itemsize,
             flops=rule.norm.flops((rows[1] - rows[0], layout.shape[1])),
             orthogonalizes=rule.orthogonalizes,
         )

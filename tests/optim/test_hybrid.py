@@ -172,6 +172,24 @@ def test_momentum_of_a_manifold_weight_is_ambient():
     torch.testing.assert_close(optimizer.state[params["tall"]]["momentum"], 0.05 * grad)
 
 
+@pytest.mark.parametrize("kind", ["hidden", "head"])
+def test_bf16_weights_are_stepped_with_fp32_momenta(kind):
+    rule = Rule(Spectral(), Stiefel()) if kind == "hidden" else Rule(Sign(), radius=10.0)
+    start = Stiefel().project(gauss((16, 8), 2))
+    steps = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        w = nn.Parameter(start.to(dtype, copy=True))
+        info = ParamInfo("w", (16, 8), Role.HIDDEN)
+        optimizer = HybridOptimizer([Group("g", rule, 0.1, [(info, w)])])
+        w.grad = gauss((16, 8), 3).to(dtype)
+        optimizer.step()
+        assert w.dtype == dtype
+        assert optimizer.state[w]["momentum"].dtype == torch.float32
+        steps[dtype] = w.detach().float() - start
+    difference = (steps[torch.float32] - steps[torch.bfloat16]).norm()
+    assert difference / steps[torch.float32].norm() < 0.06
+
+
 def test_a_parameter_in_two_groups_is_refused():
     p = nn.Parameter(gauss((8, 4)))
     info = ParamInfo("w", (8, 4), Role.HIDDEN)
