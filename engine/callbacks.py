@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Progress(Callback):
                 initial=trainer.step,
                 unit="step",
                 disable=None,
-                dynamic_ncols=True,
+                ncols=min(get_terminal_size().columns, 120),
                 bar_format=_BAR,
             )
 

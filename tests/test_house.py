@@ -364,4 +364,4 @@ def test_no_file_holds_a_path_of_somebodys_machine():
 def test_the_pattern_for_such_paths_finds_them():
     for folder in ("work", "root", "home/me", "Users/me"):
         assert HOMES.search(f"see '/{folder}/" + "x'")
-    assert not HOMES.search("https://example.org/work/x and ./root/x and a/home/b/c")
+    assert not HOMES.search("https://example.org/srv/x and ./root/x and a/home/b/c")
