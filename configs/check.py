@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -12,10 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from geon.configs.ranges import check_values
-from geon.configs.schema import Config, OptimConfig, OverrideConfig
+from geon.configs.schema import Config, OverrideConfig
 from geon.errors import UsageError, nearest
 
 ROOT = Path(__file__).resolve().parent
+_ENTRIES = {"optim.overrides": OverrideConfig}
+"""Schema of the entries of dict fields; entries of other dict fields are plain values."""
+T = TypeVar("T")
 
 
 def groups(root: Path = ROOT) -> dict[str, list[str]]:
@@ -80,16 +83,15 @@ def check_overrides(arguments: Sequence[str]) -> None:
 def _known(key: str) -> bool:
     """Whether a dotted key exists in the schema; names in dict fields are free."""
     kind: Any = Config
+    path: list[str] = []
     for part in key.split("."):
         if get_origin(kind) is dict:
-            kind = OverrideConfig if kind == OptimConfig.__annotations__["overrides"] else None
-            continue
-        if not is_dataclass(kind):
+            kind = _ENTRIES.get(".".join(path))
+        elif is_dataclass(kind) and part in (hints := get_type_hints(kind)):
+            kind = hints[part]
+        else:
             return False
-        hints = get_type_hints(kind)
-        if part not in hints:
-            return False
-        kind = hints[part]
+        path.append(part)
     return True
 
 
@@ -100,28 +102,22 @@ def resolve(composed: DictConfig) -> Config:
         UsageError: names the key.
     """
     # As plain containers: a merge of typed nodes would let keys added by `+` through.
-    content = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(content, dict)
-    config = OmegaConf.to_object(_merge(Config, content))
-    assert isinstance(config, Config)
-    typed = {
-        name: OmegaConf.to_object(_merge(OverrideConfig, override, f"optim.overrides.{name}."))
+    config = _merge(Config, OmegaConf.to_container(composed, resolve=False))
+    config.optim.overrides = {
+        name: _merge(OverrideConfig, override, prefix=f"optim.overrides.{name}.")
         for name, override in config.optim.overrides.items()
     }
-    config.optim.overrides = typed
     check_values(config)
     return config
 
 
-def _merge(schema: type, content: Any, prefix: str = "") -> DictConfig:
-    """Merge plain content into a schema and resolve it, naming the full key of what is wrong."""
+def _merge(schema: type[T], content: Any, prefix: str = "") -> T:
+    """Fill a schema with plain content and resolve it, naming the full key of what is wrong."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), content)
-        OmegaConf.to_object(merged)
+        filled: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         key = f"{prefix}{error.full_key}" if error.full_key else prefix.rstrip(".")
         hint = "" if _known(key) else nearest(key, [prefix + k for k in keys(schema)])
         raise UsageError(f"config: {reason} (key: {key}).{hint}") from None
-    assert isinstance(merged, DictConfig)
-    return merged
+    return filled

@@ -140,11 +140,7 @@ class Parallel:
 
     def mean(self, value: Tensor) -> Tensor:
         """Average over all ranks."""
-        if self.mesh is None:
-            return value
-        total = value.clone()
-        dist.all_reduce(total)
-        return total / self.env.world
+        return self.sum(value) / self.env.world
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over all ranks."""

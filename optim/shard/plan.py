@@ -85,12 +85,16 @@ class Bucket:
         """Entries that `rank` contributes, over all operands."""
         return sum(m.region(rank).numel * m.operands for m in self.matrices)
 
-    def bytes_sent(self, rank: int) -> int:
-        """Bytes that `rank` sends to others for one step."""
+    def bytes_of(self, matrix: Matrix, rank: int) -> int:
+        """Bytes that `rank` sends to others for one of the matrices, in one step."""
         if self.transport is Transport.LOCAL:
             return 0
-        own = sum(m.region(rank).numel * m.operands * m.element_bytes for m in self.matrices)
-        return own * (self.ranks - 1)
+        piece = matrix.region(rank).numel * matrix.operands * matrix.element_bytes
+        return piece * (self.ranks - 1)
+
+    def bytes_sent(self, rank: int) -> int:
+        """Bytes that `rank` sends to others for one step."""
+        return sum(self.bytes_of(m, rank) for m in self.matrices)
 
     @property
     def collectives(self) -> int:
@@ -151,15 +155,7 @@ class Plan:
                         "rule": m.rule,
                         "transport": str(bucket.transport),
                         "bucket": index,
-                        "bytes_sent": [
-                            0
-                            if bucket.transport is Transport.LOCAL
-                            else m.region(r).numel
-                            * m.operands
-                            * m.element_bytes
-                            * (bucket.ranks - 1)
-                            for r in range(bucket.ranks)
-                        ],
+                        "bytes_sent": [bucket.bytes_of(m, r) for r in range(bucket.ranks)],
                         "flops": m.flops,
                     }
                 )
@@ -180,10 +176,7 @@ class Plan:
             f"{'KiB sent/rank':>14} {'MFLOP':>10}"
         ]
         for (rule, shape, layout, transport), members in kinds.items():
-            sent = sum(
-                m.region(0).numel * m.operands * m.element_bytes * (b.ranks - 1) * b.collectives
-                for m, b in members
-            )
+            sent = sum(b.bytes_of(m, rank=0) for m, b in members)
             flops = sum(m.flops for m, _ in members)
             lines.append(
                 f"{rule:<10} {shape:<14} {layout:<11} {transport:<10} {len(members):>5} "

@@ -7,6 +7,7 @@ import pytest
 from geon.errors import UsageError
 from geon.launch import slurm
 from geon.launch.compose import compose
+from tests.launch.jobs import SMALLEST
 
 bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -139,17 +140,8 @@ def test_the_file_trains_when_srun_runs_on_this_machine(tmp_path, monkeypatch):
         "cluster=slurm",
         "cluster.ranks_per_node=2",
         "cluster.cpus_per_rank=1",
-        "data=synthetic",
-        "data.tokens=20000",
-        "data.val_tokens=256",
-        "data.batch_tokens=256",
-        "model.n_layer=1",
-        "model.d_model=32",
-        "model.n_head=2",
-        "model.context=32",
-        "schedule.steps=2",
+        *SMALLEST,
         f"output={tmp_path}",
-        "device=cpu",
     )
     ran = subprocess.run(
         ["bash"], input=script, text=True, capture_output=True, check=False, timeout=120

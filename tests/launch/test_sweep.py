@@ -10,20 +10,9 @@ import pytest
 from geon.errors import UsageError
 from geon.launch import sweep
 from geon.launch.local import ROOT
+from tests.launch.jobs import SMALLEST
 
-TINY = [
-    "sweep=lr",
-    "data=synthetic",
-    "data.tokens=20000",
-    "data.val_tokens=256",
-    "data.batch_tokens=256",
-    "model.n_layer=1",
-    "model.d_model=32",
-    "model.n_head=2",
-    "model.context=32",
-    "schedule.steps=2",
-    "parallel=single",
-]
+TINY = ["sweep=lr", *SMALLEST, "parallel=single"]
 
 
 def overrides(tmp_path, grid="{optim.lr:[0.01,0.02]}", *more):
