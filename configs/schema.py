@@ -115,6 +115,8 @@ class RuleConfig:
     """Fraction of the average kept."""
     nesterov: bool = False
     radius: float = 1.0
+    second_moment: float = 0.0
+    """NorMuon: fraction kept of the mean square of each row of the direction; 0 does nothing."""
     spectral_scale: str = "rms"
     """Factor on the polar factor: rms sqrt(d_out/d_in), muon sqrt(max(1, d_out/d_in)), none."""
     init: Init = Init.model
@@ -138,7 +140,26 @@ class PolarConfig:
     coefficients: str = "polar_express"
     steps: int = 6
     dtype: str = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU. Or fp32, bf16."""
+    """auto: bf16 on a GPU, fp32 on a CPU. Or fp32, bf16, bf16x3 (nearly fp32, on bf16 units)."""
+    accuracy: float = 0.0
+    """Above 0: the fewest steps that bring singular values within this of 1; steps is not read."""
+    lower: float = 1e-3
+    """With accuracy: smallest singular value to bring there, as a share of the Frobenius norm."""
+
+
+@dataclass
+class SolverConfig:
+    """Manifold Muon's solver; see optim/solvers/stiefel_spectral.py."""
+
+    method: str = "lgm"
+    """oneshot (cheapest), lgm, exact (fp64, for tests), published (dual ascent, to compare)."""
+    refine: int = 0
+    """lgm: refinements of the dual before the completion."""
+    form: str = "auto"
+    """lgm: gram (n x n products), rect (polar factors of long matrices, bf16 allowed), or auto:
+    rect where polar factors are in bf16."""
+    products: str = "fp32"
+    """Arithmetic of the Gram form: fp32, bf16x3."""
 
 
 @dataclass
@@ -158,6 +179,10 @@ class OptimConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Route name -> OverrideConfig: '+optim.overrides.q={pattern: "*.q.weight", lr: 0.01}'."""
     polar: PolarConfig = field(default_factory=PolarConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    record_pairs: list[int] = field(default_factory=list)
+    """Steps at which the hidden weights and what their directions are taken of are saved, in
+    pairs.pt of the run folder, for scripts/bench_solver.py."""
     max_norm: float = 1.0
     """Clip the gradient of AdamW groups at this norm; 0 never clips. Others are scale free."""
 
@@ -243,6 +268,8 @@ class LoggerConfig:
     """Progress bar on a terminal; plain lines elsewhere."""
     spectrum_every: int = 0
     """Steps between records of the hidden weights' singular values; 0 never."""
+    geometry_every: int = 0
+    """Steps between inspections of directions on manifolds (certified gap, tangency); 0 never."""
     wandb: bool = False
     wandb_project: str = "geon"
     wandb_mode: str = "offline"

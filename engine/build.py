@@ -15,30 +15,22 @@ from geon.configs.schema import (
     Init,
     ModelConfig,
     OptimConfig,
-    PolarConfig,
     RuleConfig,
-    RuleKind,
     Source,
 )
 from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
 from geon.engine.parallel import Parallel, planned_layout
-from geon.errors import UsageError, nearest
+from geon.engine.rules import make_ladder, make_rule
+from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
 from geon.optim import (
-    MANIFOLDS,
-    NORMS,
     AdamW,
     Group,
     HybridOptimizer,
-    Manifold,
-    Norm,
     ParamInfo,
-    Polar,
     Role,
     Route,
     Rule,
-    Spectral,
-    Stiefel,
     matrices_of,
     route,
     table,
@@ -141,53 +133,9 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
         **config.overrides,
     }
     used = {name: configs[name] for name in configs if name in assigned.values()}
-    rules = {name: make_rule(c, config.polar, f"optim.{name}") for name, c in used.items()}
+    ladder = make_ladder(config.solver)
+    rules = {n: make_rule(c, config.polar, ladder, f"optim.{n}") for n, c in used.items()}
     return Routing(infos, assigned, rules, used)
-
-
-def make_rule(config: RuleConfig, polar: PolarConfig, key: str) -> Rule | AdamW:
-    """Build one rule; `key` is its place in the config, for messages."""
-    if config.rule is RuleKind.adamw:
-        if len(config.betas) != 2:
-            raise UsageError(f"{key}.betas needs two numbers, got {config.betas}")
-        return AdamW((config.betas[0], config.betas[1]), config.eps, config.weight_decay)
-    try:
-        return Rule(
-            norm=_make_norm(config, polar, key),
-            manifold=_make_manifold(config, key),
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            radius=config.radius,
-            decay=config.weight_decay,
-        )
-    except ValueError as error:
-        raise UsageError(f"{key}: {error}" if key not in str(error) else str(error)) from None
-
-
-def _make_norm(config: RuleConfig, polar: PolarConfig, key: str) -> Norm:
-    if config.norm not in NORMS:
-        raise UsageError(
-            f"{key}.norm '{config.norm}' is not one of {', '.join(NORMS)}."
-            f"{nearest(config.norm, list(NORMS))}"
-        )
-    if config.norm != "spectral":
-        return NORMS[config.norm]()
-    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
-    if polar.dtype not in dtypes:
-        raise UsageError(f"optim.polar.dtype '{polar.dtype}' is not one of {', '.join(dtypes)}")
-    steps = Polar(polar.coefficients, polar.steps, dtypes[polar.dtype])
-    return Spectral(scale=config.spectral_scale, polar=steps)
-
-
-def _make_manifold(config: RuleConfig, key: str) -> Manifold:
-    if config.manifold not in MANIFOLDS:
-        raise UsageError(
-            f"{key}.manifold '{config.manifold}' is not one of {', '.join(MANIFOLDS)}."
-            f"{nearest(config.manifold, list(MANIFOLDS))}"
-        )
-    if config.manifold == "stiefel":
-        return Stiefel(radius=config.radius)
-    return MANIFOLDS[config.manifold]()
 
 
 def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batches:

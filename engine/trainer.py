@@ -20,6 +20,9 @@ class Callback:
     def on_start(self, trainer: "Trainer") -> None:
         """Before the first step, after a resume."""
 
+    def before_update(self, trainer: "Trainer") -> None:
+        """Gradients are there, weights not yet moved; `trainer.step` steps lie behind."""
+
     def on_step(self, trainer: "Trainer") -> None:
         """After each step; `trainer.step` steps lie behind."""
 
@@ -97,6 +100,8 @@ class Trainer:
         self.stopwatch.mark()
         if run.config.optim.max_norm:
             self.grad_norm = run.optimizer.clip_entries_(run.config.optim.max_norm)
+        for callback in self.callbacks:
+            callback.before_update(self)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         self.stopwatch.mark()

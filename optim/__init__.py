@@ -4,11 +4,11 @@ from geon.optim.adamw import AdamW
 from geon.optim.hybrid import Group, HybridOptimizer, matrices_of
 from geon.optim.manifolds import MANIFOLDS, Euclidean, Manifold, Stiefel
 from geon.optim.norms import NORMS, Norm, Sign, Spectral
-from geon.optim.polar import Polar, polar, polar_svd
+from geon.optim.polar import Polar, Precision, polar, polar_svd
 from geon.optim.roles import ParamInfo, Role
 from geon.optim.router import Route, classify, route, table
 from geon.optim.rule import Rule
-from geon.optim.solvers import steepest
+from geon.optim.solvers import Ladder, certify, steepest
 
 __all__ = [
     "MANIFOLDS",
@@ -17,16 +17,19 @@ __all__ = [
     "Euclidean",
     "Group",
     "HybridOptimizer",
+    "Ladder",
     "Manifold",
     "Norm",
     "ParamInfo",
     "Polar",
+    "Precision",
     "Role",
     "Route",
     "Rule",
     "Sign",
     "Spectral",
     "Stiefel",
+    "certify",
     "classify",
     "matrices_of",
     "polar",

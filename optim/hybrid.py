@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geon.optim.adamw import AdamW
+from geon.optim.polar import ieee_products
+from geon.optim.readings import Readings
 from geon.optim.roles import ParamInfo
 from geon.optim.router import check_partition
 from geon.optim.rule import Rule
@@ -36,6 +38,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     so that `state_dict()` holds plain values only. State exists from construction on, like the
     parameters (a DTensor's state is a DTensor): {"momentum"} for steepest rules, torch's own keys
     for AdamW. A group whose lr is 0 is frozen: its weights, momenta and counters stay as they are.
+    `readings` tells how good the directions of the last step were, where it was asked to look.
 
     Every rank must call `step()`: on sharded matrices it runs the collectives of `plan`. A
     parameter without a gradient counts as one with a zero gradient in a steepest group (its
@@ -66,6 +69,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         )
         check_partition(self._infos, [group["names"] for group in self.param_groups])
         self._params = dict(self.named_parameters())
+        self.readings = Readings()
         self._exchange = self._make_exchange(max_buffer_mb)
         for group in self.param_groups:
             rule = self.rules[group["name"]]
@@ -74,6 +78,10 @@ class HybridOptimizer(torch.optim.Optimizer):
                     self.state[param] = rule.new_state(param)
                 else:
                     self.state[param] = {"momentum": torch.zeros_like(param, dtype=_WIRE)}
+                    if rule.second_moment:
+                        # One number a row, whole on every rank whatever the layout.
+                        rows = torch.zeros(param.shape[0], dtype=_WIRE, device=param.device)
+                        self.state[param]["second_moment"] = rows
 
     @property
     def plan(self) -> Plan:
@@ -140,7 +148,9 @@ class HybridOptimizer(torch.optim.Optimizer):
                     if lr != 0.0:
                         buffer.mul_(rule.momentum)
                     updates[name] = buffer
-        self._step_matrices(updates, lrs)
+        with ieee_products():
+            self._step_matrices(updates, lrs)
+        self.readings.close()
         return loss
 
     def _step_entries(self, group: dict[str, Any], rule: AdamW, lr: float) -> None:
@@ -170,10 +180,18 @@ class HybridOptimizer(torch.optim.Optimizer):
         def compute(matrix: Matrix, tensors: tuple[Tensor, ...]) -> Tensor:
             rule = self._rule(matrix)
             if matrix.operands == 1:
-                return rule.direction(tensors[0], None, matrix.shape)
+                return rule.solve(tensors[0], None, matrix.shape).direction
             update, weight = tensors
-            direction = rule.direction(update, weight)
-            return rule.move(weight, direction, lrs[matrix.rule])
+            solution = rule.solve(update, weight)
+            self.readings.take(rule, update, weight, solution)
+            return rule.move(weight, solution.direction, lrs[matrix.rule])
+
+        def finish(matrix: Matrix, result: Tensor) -> Tensor:
+            rule = self._rule(matrix)
+            if not rule.second_moment or lrs[matrix.rule] == 0.0:
+                return result
+            rows = self.state[self._params[matrix.param]]["second_moment"]
+            return rule.divide_rows(result, rows[slice(*matrix.rows)])
 
         def write(matrix: Matrix, result: Tensor) -> None:
             lr = lrs[matrix.rule]
@@ -184,7 +202,7 @@ class HybridOptimizer(torch.optim.Optimizer):
                 result = self._rule(matrix).move(weight, result, lr)
             weight.copy_(result)
 
-        self._exchange.run(operands, compute, write)
+        self._exchange.run(operands, compute, finish, write)
 
     def _rule(self, matrix: Matrix) -> Rule:
         rule = self.rules[matrix.rule]
@@ -239,7 +257,7 @@ def matrices_of(info: ParamInfo, name: str, rule: Rule, layout: Layout, group: s
             reach=rule.reach,
             operands=operands,
             element_bytes=_WIRE.itemsize,
-            flops=rule.norm.flops((rows[1] - rows[0], layout.shape[1])),
+            flops=rule.flops((rows[1] - rows[0], layout.shape[1])),
             orthogonalizes=rule.orthogonalizes,
         )
         for rows in info.parts

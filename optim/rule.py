@@ -7,25 +7,35 @@ from torch import Tensor
 from geon.errors import UsageError
 from geon.optim.manifolds import Euclidean, Manifold
 from geon.optim.norms import Norm, Reach, Spectral
-from geon.optim.solvers import Solver, steepest
+from geon.optim.solvers import Ladder, Solution, Solver, steepest
 
 
 @dataclass(frozen=True)
 class Rule:
-    """weight <- retract((1 - lr * decay) weight - lr * radius * direction).
+    """weight <- retract((1 - lr * decay) weight - lr * length * direction).
 
-    direction = argmax <momentum, D>, norm(D) <= 1, D tangent at the weight. With the names of the
-    field: Muon = Spectral x Euclidean; unconstrained Scion = any norm x Euclidean, decay 0;
-    Scion = the same with decay 1 (a Frank-Wolfe step in the ball of this radius);
-    Manifold Muon = Spectral x Stiefel, where lr is the angle of rotation.
+    direction = argmax <momentum, D>, norm(D) <= 1, D tangent at the weight. length is `radius` in
+    Euclidean space; on a manifold it makes lr the angle by which a full direction turns the weight.
+    The momentum is ambient: it is projected where it is used, never transported. With the names of
+    the field:
+
+    - Muon = Spectral x Euclidean, with decay; NorMuon = the same with second_moment.
+    - Unconstrained Scion = any norm x Euclidean. Scion = the same with decay 1: a Frank-Wolfe step
+      in the ball of this radius.
+    - SignSGD = Sign x Euclidean; normalized SGD = Frobenius x Euclidean.
+    - Manifold Muon = Spectral x Stiefel. Hyperspherical descent = Frobenius x Hypersphere.
+      MuonH = Spectral x FrobeniusSphere. Spectral sphere optimizer = Spectral x SpectralSphere.
 
     Attributes:
         norm: in which the step is steepest.
         manifold: on which the weight stays.
         momentum: fraction of the average kept at each step.
         nesterov: look ahead: average the gradient in once more before the direction is taken.
-        radius: norm of the step at lr 1; on a manifold, the norm of the weight itself.
+        radius: norm of the step at lr 1 in Euclidean space; a manifold has a radius of its own.
         decay: decoupled weight decay, per unit of lr.
+        ladder: which solver, for the spectral norm on Stiefel.
+        second_moment: fraction kept of a running mean square of each row of the direction, by whose
+            root the rows are divided (Z. Li et al., NorMuon, arXiv 2510.05491); 0 does nothing.
     """
 
     norm: Norm
@@ -34,17 +44,32 @@ class Rule:
     nesterov: bool = False
     radius: float = 1.0
     decay: float = 0.0
+    ladder: Ladder = field(default_factory=Ladder)
+    second_moment: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.decay and self.manifold.constrains:
+        if self.decay and self.manifold.removes_decay:
             raise UsageError(
-                f"weight decay {self.decay} on {type(self.manifold).__name__}: the decay is "
-                "normal to the manifold and exactly removed by the tangent projection; "
+                f"weight decay {self.decay} on {type(self.manifold).__name__}: the weight is "
+                "normal to the manifold, so the retraction removes the decay exactly; "
                 "set weight_decay to 0, and choose the size of the weight by radius"
             )
-        if not 0.0 <= self.momentum < 1.0:
-            raise UsageError(f"momentum {self.momentum} is the fraction kept: it must be in [0, 1)")
-        object.__setattr__(self, "_solver", steepest(self.norm, self.manifold))
+        for name, kept in (("momentum", self.momentum), ("second_moment", self.second_moment)):
+            if not 0.0 <= kept < 1.0:
+                raise UsageError(f"{name} {kept} is the fraction kept: it must be in [0, 1)")
+        if self.second_moment and (self.manifold.constrains or not self.orthogonalizes):
+            raise UsageError(
+                f"second_moment {self.second_moment} divides the rows of a polar factor: it needs "
+                f"norm=spectral and manifold=euclidean, not {type(self.norm).__name__} x "
+                f"{type(self.manifold).__name__}"
+            )
+        object.__setattr__(self, "_solver", steepest(self.norm, self.manifold, self.ladder))
+
+    @property
+    def solver(self) -> Solver:
+        """Steepest descent for this norm and manifold."""
+        solver: Solver = self._solver  # type: ignore[attr-defined]
+        return solver
 
     @property
     def needs_weight(self) -> bool:
@@ -66,36 +91,60 @@ class Rule:
         buffer.lerp_(grad, 1.0 - self.momentum)
         return grad.lerp(buffer, self.momentum) if self.nesterov else buffer
 
-    def direction(
+    def solve(
         self, update: Tensor, weight: Tensor | None, shape: tuple[int, int] | None = None
-    ) -> Tensor:
+    ) -> Solution:
         """Steepest direction for a batch of averaged gradients (..., d_out, d_in).
 
         weight: needed on a manifold. shape: of the logical matrix, when `update` is a shard.
         """
         if weight is None:
-            return self.norm.lmo(update, shape)
-        solver: Solver = self._solver  # type: ignore[attr-defined]
-        return solver(update, weight)
+            return Solution(self.norm.lmo(update, shape))
+        return self.solver(update, weight)
+
+    def length(self, shape: tuple[int, ...]) -> float:
+        """Norm of the step at lr 1 for a matrix of this shape."""
+        if not self.manifold.constrains:
+            return self.radius
+        return self.manifold.length(shape) / self.norm.extent(shape)
 
     def move(self, weight: Tensor, direction: Tensor, lr: float) -> Tensor:
         """Weight after one step; exactly the same weight where the direction is zero and decay 0.
 
         The second half matters: a retraction of an unmoved weight would still round it.
         """
-        moved = self.manifold.retract(
-            (1.0 - lr * self.decay) * weight - (lr * self.radius) * direction, angle=lr
-        )
         if not self.manifold.constrains:
+            return (1.0 - lr * self.decay) * weight - (lr * self.radius) * direction
+        step = lr * self.length(weight.shape)
+        moved = self.manifold.retract((1.0 - lr * self.decay) * weight - step * direction, lr)
+        if self.decay:
             return moved
         still = (direction == 0).flatten(-2).all(dim=-1)[..., None, None]
         return weight.where(still, moved)
+
+    def divide_rows(self, direction: Tensor, second: Tensor) -> Tensor:
+        """NorMuon's step: divide rows by the root of their running mean square, keep ||D||_F.
+
+        Shapes: direction (d_out, d_in) whole; second (d_out,), updated in place.
+        """
+        second.lerp_(direction.square().mean(dim=-1), 1.0 - self.second_moment)
+        divided = direction / second.sqrt().clamp_min(1e-12).unsqueeze(-1)
+        size = divided.norm()
+        return divided * (direction.norm() / size.clamp_min(1e-30))
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of a direction and, on Stiefel, of one step of the retraction."""
+        return self.solver.flops(shape) + self.manifold.flops(shape)
 
     def describe(self) -> str:
         """One line for tables."""
         parts = [f"{type(self.norm).__name__} x {type(self.manifold).__name__}"]
         parts.append(f"momentum {self.momentum:g}{' nesterov' if self.nesterov else ''}")
-        parts.append(f"radius {self.radius:g}")
+        parts.append(f"radius {getattr(self.manifold, 'radius', self.radius):g}")
         if self.decay:
             parts.append(f"decay {self.decay:g}")
+        if self.second_moment:
+            parts.append(f"second moment {self.second_moment:g}")
+        if self.solver.name:
+            parts.append(self.solver.name)
         return ", ".join(parts)

@@ -82,7 +82,7 @@ def imports():
 
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
-PARTS = "optim.adamw optim.baselines optim.hybrid optim.modular optim.roles optim.router optim.rule"
+PARTS = "optim.adamw optim.baselines optim.hybrid optim.modular optim.readings optim.roles optim.router optim.rule"
 PARTS += " optim.manifolds optim.norms optim.polar optim.shard optim.solvers"
 ARROWS = {
     "geon": "",
@@ -98,7 +98,9 @@ ARROWS = {
     "optim.adamw": "",
     "optim.baselines": "optim.roles",
     "optim.modular": "optim.norms optim.roles",
-    "optim.hybrid": "optim.adamw optim.roles optim.router optim.rule optim.shard",
+    "optim.readings": "optim.rule optim.solvers",
+    "optim.hybrid": "optim.adamw optim.polar optim.readings optim.roles optim.router optim.rule"
+    " optim.shard",
     "optim": PARTS,
     "models": "optim.roles",
     "data": "",

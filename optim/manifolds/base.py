@@ -1,15 +1,31 @@
 """What a manifold must offer for weights to live on it: a small verb set on whole matrices."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
+import torch
 from torch import Generator, Tensor
 
 
 class Manifold(ABC):
     """A set of matrices (..., d_out, d_in), as weights are stored (scale included)."""
 
-    constrains: bool = True
+    constrains: ClassVar[bool] = True
     """False for the whole space: then a step needs no weight, only a gradient."""
+
+    removes_decay: ClassVar[bool] = False
+    """True where `retract` brings (1 - a) W back to W: there decoupled weight decay does nothing.
+
+    Either W is normal to the manifold at itself, or the retraction divides by the size of W.
+    """
+
+    @abstractmethod
+    def length(self, shape: tuple[int, ...]) -> float:
+        """Frobenius norm of a point of this shape, as stored.
+
+        Where points differ in it, that of the point that `init` draws.
+        """
 
     @abstractmethod
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
@@ -17,11 +33,14 @@ class Manifold(ABC):
 
     @abstractmethod
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
-        """Return a point that left the manifold by one step of this `angle` (radians) to it."""
+        """Return a point that left the manifold by one step of this `angle` (radians) to it.
+
+        No host synchronisation, and no refusal: it runs at every step.
+        """
 
     @abstractmethod
     def residual(self, weight: Tensor) -> Tensor:
-        """How far each matrix of the batch is from the manifold: the largest violated entry."""
+        """How far each matrix of the batch is from the manifold, relative to its own scale."""
 
     @abstractmethod
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
@@ -34,3 +53,47 @@ class Manifold(ABC):
         Raises:
             ValueError: the weight has no nearest point (a zero matrix, say).
         """
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of one retraction; 0 where it is element-wise."""
+        return 0
+
+    def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
+        """Draw the point where training starts: any point, unless the manifold says otherwise."""
+        return self.random_point(shape, generator)
+
+    def mean(self, points: Tensor, shares: Sequence[float] | Tensor | None = None) -> Tensor:
+        """Weighted mean of points, brought back by `project`.
+
+        Averages over steps and merges of checkpoints leave a curved manifold: the mean of two
+        rotations is shorter than a rotation.
+
+        Shapes: points (count, ..., d_out, d_in); shares (count,), equal when None. Only their
+        ratios matter.
+        Returns: (..., d_out, d_in) in the dtype of the points; the mean is taken in float64.
+
+        Raises:
+            ValueError: bad shares; or a mean with no nearest point, such as that of W and -W.
+        """
+        weights = torch.ones(len(points)) if shares is None else torch.as_tensor(shares)
+        weights = weights.to(points.device, torch.float64)
+        if weights.shape != points.shape[:1] or not bool((weights >= 0).all() & weights.any()):
+            raise ValueError(
+                f"the mean of {len(points)} points needs as many shares, none of them negative "
+                f"and not all zero; got {weights.tolist()}"
+            )
+        mean = torch.tensordot(weights / weights.sum(), points.double(), dims=1)
+        return self.project(mean).to(points.dtype)
+
+
+def check_radius(manifold: Manifold, radius: float) -> None:
+    """Refuse a radius that is not positive."""
+    if not radius > 0:
+        raise ValueError(
+            f"radius of the {type(manifold).__name__} manifold must be positive, got {radius}"
+        )
+
+
+def gaussian(shape: tuple[int, int], generator: Generator) -> Tensor:
+    """Standard normal matrix, drawn on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)

@@ -1,13 +1,18 @@
-import torch
+import math
+
 from torch import Generator, Tensor
 
-from geon.optim.manifolds.base import Manifold
+from geon.optim.manifolds.base import Manifold, gaussian
 
 
 class Euclidean(Manifold):
     """The whole space: every rule on it is unconstrained."""
 
     constrains = False
+
+    def length(self, shape: tuple[int, ...]) -> float:
+        """sqrt(d_out d_in), about the norm of the standard normal matrix that `init` draws."""
+        return math.sqrt(shape[-2] * shape[-1])
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
         """Every vector is tangent."""
@@ -23,7 +28,7 @@ class Euclidean(Manifold):
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
         """Standard normal matrix."""
-        return torch.randn(shape, generator=generator, device=generator.device)
+        return gaussian(shape, generator)
 
     def project(self, weight: Tensor) -> Tensor:
         """Every matrix is a point."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.manifolds.base import Manifold
+from geon.optim.manifolds.base import Manifold, check_radius, gaussian
 from geon.optim.polar import polar_svd
 
 # One cubic step turns an error delta of W^T W - I into (3/4) delta^2, and a tangent step of angle
@@ -32,13 +32,18 @@ class Stiefel(Manifold):
 
     radius: float = 1.0
 
+    removes_decay = True
+
     def __post_init__(self) -> None:
-        if not self.radius > 0:
-            raise ValueError(f"radius of the Stiefel manifold must be positive, got {self.radius}")
+        check_radius(self, self.radius)
 
     def scale(self, shape: tuple[int, ...]) -> float:
         """The common singular value c of a weight of this shape."""
         return self.radius * math.sqrt(shape[-2] / shape[-1])
+
+    def length(self, shape: tuple[int, ...]) -> float:
+        """The scale times sqrt(short side)."""
+        return self.scale(shape) * math.sqrt(min(shape[-2:]))
 
     def unit(self, weight: Tensor) -> Tensor:
         """The tall U (..., long, short) of a stored weight."""
@@ -58,6 +63,10 @@ class Stiefel(Manifold):
             u = 1.5 * u - 0.5 * (u @ (u.mT @ u))
         return orient_like(u * self.scale(weight.shape), weight)
 
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of one cubic step."""
+        return 4 * min(shape) ** 2 * max(shape)
+
     def residual(self, weight: Tensor) -> Tensor:
         """Largest entry of |U^T U - I|."""
         u = self.unit(weight)
@@ -66,7 +75,7 @@ class Stiefel(Manifold):
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
         """Uniform on the manifold."""
-        return self.project(torch.randn(shape, generator=generator, device=generator.device))
+        return self.project(gaussian(shape, generator))
 
     def project(self, weight: Tensor) -> Tensor:
         """Polar factor by SVD in float64, at the manifold's scale."""

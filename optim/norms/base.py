@@ -1,4 +1,4 @@
-"""What a norm must offer to be stepped in: five verbs on whole matrices."""
+"""What a norm must offer to be stepped in: six verbs on whole matrices."""
 
 from abc import ABC, abstractmethod
 from enum import IntEnum
@@ -45,6 +45,13 @@ class Norm(ABC):
     @abstractmethod
     def project(self, weight: Tensor) -> Tensor:
         """Nearest point of the unit ball in the Frobenius distance."""
+
+    @abstractmethod
+    def extent(self, shape: tuple[int, ...]) -> float:
+        """Largest Frobenius norm on the unit sphere: that of an LMO direction of full support.
+
+        lr * (Frobenius norm of the weight) / extent * lmo is then a step of angle lr.
+        """
 
     def flops(self, shape: tuple[int, int]) -> int:
         """FLOPs of one LMO; element-wise by default."""

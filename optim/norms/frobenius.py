@@ -27,6 +27,10 @@ class Frobenius(Norm):
         """Gaussian scaled to norm 1."""
         return unit_frobenius(gaussian(shape, generator))
 
+    def extent(self, shape: tuple[int, ...]) -> float:
+        """1."""
+        return 1.0
+
     def project(self, weight: Tensor) -> Tensor:
         """Shrink to norm 1 when above it."""
         return weight / self.value(weight).clamp(min=1.0)[..., None, None]

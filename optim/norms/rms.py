@@ -28,6 +28,10 @@ class RMS(Norm):
         """Gaussian scaled to RMS 1."""
         return unit_frobenius(gaussian(shape, generator)) * math.sqrt(_count(shape))
 
+    def extent(self, shape: tuple[int, ...]) -> float:
+        """sqrt(n)."""
+        return math.sqrt(_count(shape))
+
     def project(self, weight: Tensor) -> Tensor:
         """Shrink to RMS 1 when above it."""
         return weight / self.value(weight).clamp(min=1.0)[..., None, None]

@@ -34,6 +34,10 @@ class RowWise(Norm):
         """Normalised Gaussian rows."""
         return unit_frobenius(gaussian(shape, generator), dim=-1) * self.row_radius(shape)
 
+    def extent(self, shape: tuple[int, ...]) -> float:
+        """The radius times sqrt(rows)."""
+        return self.row_radius(shape) * math.sqrt(shape[-2])
+
     def project(self, weight: Tensor) -> Tensor:
         """Shrink the rows that are too long."""
         radius = self.row_radius(weight.shape)

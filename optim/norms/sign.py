@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,10 @@ class Sign(Norm):
         """Random signs over d_in."""
         coin = torch.randint(0, 2, shape, generator=generator, device=generator.device)
         return (2.0 * coin - 1.0) / shape[-1]
+
+    def extent(self, shape: tuple[int, ...]) -> float:
+        """sqrt(d_out d_in) / d_in."""
+        return math.sqrt(shape[-2] / shape[-1])
 
     def project(self, weight: Tensor) -> Tensor:
         """Clamp each entry."""

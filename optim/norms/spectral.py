@@ -54,6 +54,10 @@ class Spectral(Norm):
         q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
         return (q.mT if wide else q).contiguous() * self.factor(shape)
 
+    def extent(self, shape: tuple[int, ...]) -> float:
+        """The factor times sqrt(short side)."""
+        return self.factor(shape) * math.sqrt(min(shape[-2:]))
+
     def project(self, weight: Tensor) -> Tensor:
         """Clip the singular values at the factor."""
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)

@@ -13,26 +13,38 @@ class Coefficients:
         name: key in configs.
         source: where the numbers come from.
         triples: (a, b, c) of each step; the last one repeats when more steps are asked for.
-        cushion: singular values are divided by this before every step but the last, so that
-            rounding cannot push them past the interval on which the step contracts.
+        safety: singular values are divided by this before every step but the last, so that
+            rounding cannot push them past the interval on which the step contracts. 1.01 covers
+            bf16; in fp32 1.005 does as well (our prototypes of the Gram form).
     """
 
     name: str
     source: str
     triples: tuple[Triple, ...]
-    cushion: float = 1.0
+    safety: float = 1.0
 
     def steps(self, count: int) -> list[Triple]:
-        """Return the first `count` steps, cushion applied."""
+        """Return the first `count` steps, safety applied.
+
+        Raises:
+            ValueError: count below 1 (optim.polar.steps).
+        """
         if count < 1:
             raise ValueError(f"polar steps must be at least 1, got {count} (optim.polar.steps)")
         chosen = []
         for i in range(count):
             a, b, c = self.triples[min(i, len(self.triples) - 1)]
-            s = self.cushion if i < count - 1 else 1.0
+            s = self.safety if i < count - 1 else 1.0
             chosen.append((a / s, b / s**3, c / s**5))
         return chosen
 
+
+CUBIC = Coefficients(
+    name="cubic",
+    source="Newton-Schulz: N. Higham, Functions of Matrices (2008), eq. 8.20. Converges on "
+    "(0, sqrt 3), grows small values by only 1.5 a step, and saves the square of the Gram",
+    triples=((1.5, -0.5, 0.0),),
+)
 
 KELLER = Coefficients(
     name="keller",
@@ -42,8 +54,8 @@ KELLER = Coefficients(
 
 POLAR_EXPRESS = Coefficients(
     name="polar_express",
-    source="Amsel et al., arXiv 2505.16932: minimax for singular values in [1e-3, 1]; "
-    "six steps reach the bf16 floor, ten reach 1e-6 from 1e-3",
+    source="Amsel et al., arXiv 2505.16932: minimax for singular values in [1e-3, 1] "
+    "(minimax.py computes it); six steps reach the bf16 floor, ten reach 1e-6 from 1e-3",
     triples=(
         (8.28721201814563, -23.595886519098837, 17.300387312530933),
         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -54,7 +66,7 @@ POLAR_EXPRESS = Coefficients(
         (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
         (1.875, -1.25, 0.375),
     ),
-    cushion=1.01,
+    safety=1.01,
 )
 
-TABLES = {table.name: table for table in (KELLER, POLAR_EXPRESS)}
+TABLES = {table.name: table for table in (KELLER, POLAR_EXPRESS, CUBIC)}

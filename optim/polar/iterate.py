@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from geon.optim.polar.coefficients import POLAR_EXPRESS, TABLES, Coefficients
+from geon.optim.polar.interval import steps_for
+from geon.optim.polar.minimax import minimax
+from geon.optim.polar.precision import Precision
 
 # Frobenius normalisation leaves ||X||_2 <= 1; 1% above covers the rounding of a bf16 norm.
 _MARGIN = 1.01
@@ -27,39 +30,63 @@ def unit_frobenius(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
     return x / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
+def product(a: Tensor, b: Tensor, precision: Precision | None = None) -> Tensor:
+    """Return a @ b; precision None computes in the operands' dtype."""
+    return a @ b if precision is None else precision.product(a, b)
+
+
 def polar(
     matrix: Tensor,
     steps: int = 6,
     coefficients: Coefficients = POLAR_EXPRESS,
-    dtype: torch.dtype | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Approximate U V^T of matrix = U S V^T, at any scale; zero in, zero out.
 
     Shapes: (..., d_out, d_in) -> same shape and dtype as the input.
-    dtype: arithmetic of the products; None computes in the input's dtype.
+    precision: arithmetic of the products; None computes in the input's dtype.
+
+    Raises:
+        ValueError: steps below 1 (optim.polar.steps).
 
     Source: Newton-Schulz form, K. Jordan (Muon); coefficients as named by the table.
-    Cost: steps * (4 s^2 l + 2 s^3) FLOPs, s and l the short and long side.
+    Cost: steps * (4 s^2 l + 2 s^3) FLOPs, s and l the short and long side; a cubic step 4 s^2 l.
     """
     wide = matrix.shape[-2] < matrix.shape[-1]
     x = unit_frobenius(matrix) / _MARGIN
-    x = (x.mT if wide else x).to(dtype or matrix.dtype)
+    x = x.mT if wide else x
+    x = x if precision is None else precision.cast(x)
     for a, b, c in coefficients.steps(steps):
-        gram = x.mT @ x
-        x = a * x + x @ (b * gram + c * (gram @ gram))
+        gram = product(x.mT, x, precision)
+        x = a * x + product(x, even_part(gram, b, c, precision), precision)
     return (x.mT if wide else x).to(matrix.dtype)
+
+
+def even_part(gram: Tensor, b: float, c: float, precision: Precision | None = None) -> Tensor:
+    """Return b G + c G^2; a cubic step (c = 0) has no square to pay for."""
+    return b * gram + c * product(gram, gram, precision) if c else b * gram
 
 
 @dataclass(frozen=True)
 class Polar:
-    """How polar factors are computed: table, number of steps, dtype of the products.
+    """How polar factors are computed.
 
-    dtype None means: bf16 on an accelerator, the input's own dtype on a CPU.
+    Attributes:
+        coefficients: name of the table: polar_express, keller, cubic.
+        steps: number of steps; not read when accuracy is above 0.
+        precision: arithmetic of the products. None means bf16 on an accelerator and the input's
+            own dtype on a CPU.
+        accuracy: above 0, take the fewest steps that bring singular values within this of 1, in
+            exact arithmetic (bf16 stops at about 6e-3). The table polar_express is then computed
+            for `lower` instead of the published 1e-3.
+        lower: smallest singular value that has to arrive, as a share of the Frobenius norm.
     """
 
     coefficients: str = "polar_express"
     steps: int = 6
-    dtype: torch.dtype | None = None
+    precision: Precision | None = None
+    accuracy: float = 0.0
+    lower: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.coefficients not in TABLES:
@@ -67,15 +94,43 @@ class Polar:
                 f"unknown polar coefficients '{self.coefficients}' (optim.polar.coefficients); "
                 f"known: {', '.join(TABLES)}"
             )
+        if not 0 <= self.accuracy < float("inf"):
+            raise ValueError(
+                f"polar accuracy must be 0 or more, got {self.accuracy} (optim.polar.accuracy)"
+            )
+        if not 0 < self.lower < 1:
+            raise ValueError(
+                f"polar lower must be between 0 and 1, ends excluded, got {self.lower} "
+                "(optim.polar.lower)"
+            )
+        self.plan()  # a table that cannot reach the accuracy is refused here, not in training
+
+    def plan(self) -> tuple[int, Coefficients]:
+        """Return the number of steps and the table they come from."""
+        table = TABLES[self.coefficients]
+        if self.accuracy == 0:
+            return self.steps, table
+        lower = self.lower / _MARGIN  # the norm is divided out with this margin
+        if table is not POLAR_EXPRESS:
+            return steps_for(self.accuracy, lower, table), table
+        steps = steps_for(self.accuracy, lower)
+        return steps, minimax(lower, steps)
+
+    def precision_on(self, device: torch.device) -> Precision | None:
+        """Arithmetic on a device; None is the input's own dtype."""
+        if self.precision is None and device.type != "cpu":
+            return Precision.BF16
+        return self.precision
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Polar factor of a batch (..., d_out, d_in)."""
-        dtype = self.dtype
-        if dtype is None and matrix.device.type != "cpu":
-            dtype = torch.bfloat16
-        return polar(matrix, self.steps, TABLES[self.coefficients], dtype)
+        steps, table = self.plan()
+        return polar(matrix, steps, table, self.precision_on(matrix.device))
 
     def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one polar factor of this shape."""
+        """FLOPs of one polar factor of this shape, every pass of bf16x3 counted."""
         short, long = min(shape), max(shape)
-        return self.steps * (4 * short * short * long + 2 * short**3)
+        steps, table = self.plan()
+        squares = sum(c != 0 for _, _, c in table.steps(steps))
+        passes = self.precision.passes if self.precision else 1
+        return passes * (4 * steps * short * short * long + 2 * squares * short**3)

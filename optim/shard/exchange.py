@@ -104,12 +104,14 @@ class Exchange:
         self,
         operands: Callable[[Matrix], Operands],
         compute: Compute,
+        finish: Callable[[Matrix, Tensor], Tensor],
         write: Callable[[Matrix, Tensor], None],
     ) -> None:
         """Step every matrix of the plan.
 
         operands: local pieces (own region) of the tensors a matrix's step needs.
         compute: the step on whole matrices, stacked over equal shapes and rules.
+        finish: what is done to one whole result, e.g. with state that each matrix has of its own.
         write: takes the own region of the result.
         """
         for bucket in self.plan.buckets:
@@ -119,8 +121,8 @@ class Exchange:
             whole = pieces if local else self._gather(bucket, rank, pieces)
             results = _batched(bucket.matrices, whole, compute)
             for matrix, result in zip(bucket.matrices, results, strict=True):
-                own = result if local else result[matrix.region(rank).slices]
-                write(matrix, own)
+                done = finish(matrix, result)
+                write(matrix, done if local else done[matrix.region(rank).slices])
 
     def _gather(self, bucket: Bucket, rank: int, pieces: Sequence[Operands]) -> list[Operands]:
         """Make every operand of a bucket whole on every rank, in one collective.

@@ -1,37 +1,36 @@
 """Steepest descent for a pair (norm, manifold): `argmax <grad, A>`, A tangent, norm at most 1."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from geon.errors import UsageError
 from geon.optim.manifolds import Euclidean, Manifold, Stiefel
 from geon.optim.norms import Norm, Spectral
-from geon.optim.solvers.stiefel_spectral import one_shot
+from geon.optim.solvers.base import Solution, Solver
+from geon.optim.solvers.certificate import Certificate, certify
+from geon.optim.solvers.closed_form import KNOWN, find
+from geon.optim.solvers.stiefel_spectral import Ladder, StiefelSpectral
 
-Solver = Callable[[Tensor, Tensor], Tensor]
-"""(grad, weight), both (..., d_out, d_in) as stored -> direction of the same shape."""
 
-
-def steepest(norm: Norm, manifold: Manifold) -> Solver:
+def steepest(norm: Norm, manifold: Manifold, ladder: Ladder | None = None) -> Solver:
     """Choose the solver for a pair.
+
+    ladder: for the spectral norm on Stiefel, where there is a choice.
 
     Raises:
         UsageError: no solver is known for the pair.
     """
-    if isinstance(manifold, Euclidean):
-        return lambda grad, weight: norm.lmo(grad)
-    if isinstance(norm, Spectral) and isinstance(manifold, Stiefel):
-        if norm.scale != "rms":
-            raise UsageError(
-                f"the Stiefel manifold is scaled by sqrt(d_out/d_in): spectral_scale must be "
-                f"'rms', not '{norm.scale}'"
-            )
-        return lambda grad, weight: one_shot(grad, weight, manifold, norm)
+    spectral = isinstance(norm, Spectral)
+    if spectral and not isinstance(manifold, Euclidean) and norm.scale != "rms":
+        raise UsageError(
+            f"manifolds are scaled by sqrt(d_out/d_in): spectral_scale must be 'rms' on "
+            f"{type(manifold).__name__}, not '{norm.scale}'"
+        )
+    if spectral and isinstance(manifold, Stiefel):
+        return StiefelSpectral(norm, manifold, ladder or Ladder())
+    if (solver := find(norm, manifold)) is not None:
+        return solver
     raise UsageError(
         f"no solver for norm '{type(norm).__name__}' on manifold '{type(manifold).__name__}'; "
-        "known: any norm on euclidean, spectral on stiefel"
+        f"known: {KNOWN}"
     )
 
 
-__all__ = ["Solver", "steepest"]
+__all__ = ["Certificate", "Ladder", "Solution", "Solver", "certify", "steepest"]

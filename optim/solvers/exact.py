@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geon.optim.manifolds.stiefel import skew, sym, tangent_unit
+from geon.optim.manifolds.stiefel import sym, tangent_unit
 from geon.optim.polar import polar_svd
+from geon.optim.solvers.certificate import Dual, root_and_lyapunov
 
 _ITERATIONS_PER_MU = 40
 
@@ -47,16 +48,17 @@ def certified_optimum(
     Source: the fixed point of J. Su, kexue.fm 11221, read as majorise-minimise; Anderson (1965).
     Cost: one n x n eigendecomposition an iteration, about a hundred iterations.
     """
-    problem = _Problem(polar_svd(u), grad.double())
-    best = Certified(torch.zeros_like(grad.double()), -problem.sym_part, 0.0, math.inf)
-    if problem.size == 0.0:
+    problem = Dual(polar_svd(u), grad)
+    size = torch.linalg.matrix_norm(problem.g).item() / math.sqrt(u.shape[1])
+    best = Certified(torch.zeros_like(problem.g), -problem.shift, 0.0, math.inf)
+    if size == 0.0:
         return best._replace(dual=0.0)
-    s, mu, done = torch.zeros_like(problem.k), 0.1 * problem.size, 0
+    s, mu, done = torch.zeros_like(problem.k), 0.1 * size, 0
     while done < max_iterations:
         mixer = _Anderson()
         for _ in range(_ITERATIONS_PER_MU):
             done += 1
-            point = problem.evaluate(s, mu)
+            point = _evaluate(problem, s, max(mu, 1e-13 * size))
             best = _better(best, problem, s, point)
             if best.gap < tol:
                 return best
@@ -76,41 +78,28 @@ class _Point(NamedTuple):
     target: Tensor
 
 
-class _Problem:
-    """The dual at shifted multipliers s = S + sym(U^T G): everything but the direction is n x n."""
-
-    def __init__(self, u: Tensor, g: Tensor) -> None:
-        b = u.mT @ g
-        self.u, self.g = u, g
-        self.k, self.sym_part = skew(b), sym(b)
-        self.normal = g - u @ b
-        self.c = sym(self.normal.mT @ self.normal)
-        self.size = torch.linalg.matrix_norm(g).item() / math.sqrt(u.shape[1])
-
-    def evaluate(self, s: Tensor, mu: float) -> _Point:
-        """Bounds at s, and the minimiser of the majorant there."""
-        k = self.k
-        eigenvalues, v = torch.linalg.eigh(sym((k + s).mT @ (k + s) + self.c))
-        eigenvalues = eigenvalues.clamp_min(0.0)
-        q = (eigenvalues + mu * mu).sqrt()
-        a = tangent_unit(self.u, (self.u @ (k + s) + self.normal) @ (v / q) @ v.mT)
-        a = a / max(1.0, torch.linalg.matrix_norm(a, 2).item())
-        root = (v * q) @ v.mT
-        rotated = v.mT @ (k @ root - root @ k) @ v / (q[:, None] + q[None, :])
-        return _Point(
-            direction=a,
-            primal=(self.g * a).sum().item(),
-            dual=eigenvalues.sqrt().sum().item(),
-            smoothed=q.sum().item(),
-            target=sym(v @ rotated @ v.mT),
-        )
+def _evaluate(problem: Dual, s: Tensor, mu: float) -> _Point:
+    """Bounds at s, and the minimiser of the majorant there."""
+    singular, v = problem.spectrum(s)
+    q = (singular**2 + mu * mu).sqrt()
+    a = tangent_unit(
+        problem.u, (problem.u @ (problem.k + s) + problem.across) @ (v / q) @ v.mT
+    )
+    a = a / max(1.0, torch.linalg.matrix_norm(a, 2).item())
+    return _Point(
+        direction=a,
+        primal=(problem.g * a).sum().item(),
+        dual=singular.sum().item(),
+        smoothed=q.sum().item(),
+        target=root_and_lyapunov(problem, q, v),
+    )
 
 
-def _better(best: Certified, problem: _Problem, s: Tensor, point: _Point) -> Certified:
+def _better(best: Certified, problem: Dual, s: Tensor, point: _Point) -> Certified:
     if point.primal > best.primal:
         best = best._replace(direction=point.direction, primal=point.primal)
     if point.dual < best.dual:
-        best = best._replace(multiplier=s - problem.sym_part, dual=point.dual)
+        best = best._replace(multiplier=s - problem.shift, dual=point.dual)
     return best
 
 

@@ -1,29 +1,164 @@
-"""Spectral norm on the Stiefel manifold: Manifold Muon's direction."""
+"""Spectral norm on the Stiefel manifold, Manifold Muon: the ladder of solvers."""
 
+from dataclasses import dataclass, field
+
+import torch
 from torch import Tensor
 
+from geon.errors import UsageError
 from geon.optim.manifolds.stiefel import Stiefel, orient, orient_like, skew, tangent_unit
 from geon.optim.norms.spectral import Spectral
+from geon.optim.polar import Polar, Precision, minimax, polar
+from geon.optim.solvers import lgm
+from geon.optim.solvers.base import Solution, Solver
+from geon.optim.solvers.certificate import certify
+from geon.optim.solvers.exact import certified_optimum
+from geon.optim.solvers.published import dual_ascent, dual_ascent_products
+
+METHODS = ("oneshot", "lgm", "exact", "published")
+FORMS = ("auto", "gram", "rect")
+
+# Of skew matrices: brings the descent on squares within 1e-6 of the optimum for spectra over four
+# decades (tests/optim/test_manifold_muon.py).
+SQUARE_STEPS = 10
+SQUARE_TABLE = minimax(3e-5, SQUARE_STEPS)
+PUBLISHED_STEPS = 100
 
 
-def one_shot(grad: Tensor, weight: Tensor, manifold: Stiefel, norm: Spectral) -> Tensor:
-    """Direction A on the tangent space at `weight`, close to argmax <grad, A>, ||A|| <= 1.
+@dataclass(frozen=True)
+class Ladder:
+    """Which solver, from cheap to exact.
 
-    Square: A = U msign(skew(U^T G)), the maximiser itself, because the tangent space is U times
-    the skew matrices and U keeps the spectral norm.
-    Otherwise: A = P msign(P G) with P the tangent projection. The second projection may raise the
-    spectral norm from 1 to at most 2/sqrt(3); the descent is 0.90 to 0.95 of the optimum.
-    The projections run in the gradient's dtype whatever the polar factor's dtype, so the result
-    is tangent to rounding.
-
-    Shapes: (..., d_out, d_in) as stored; the result has RMS -> RMS norm about 1.
-    Source: square case, J. Su, kexue.fm 11215; 2/sqrt(3): Ab = [X; Y] b with x = |X b| gives
-    |P A b|^2 <= ((1 + x)/2)^2 + 1 - x^2 <= 4/3.
-    Cost: one polar factor, and 4 (square) or 12 (otherwise) l s^2 FLOPs.
+    Attributes:
+        method: oneshot (0.90 to 0.95 of the optimum), lgm (0.995), exact (float64 on the host:
+            for tests), published (scale-normalised dual ascent: to compare with).
+        refine: lgm only: refinements before the completion.
+        form: lgm only: gram (fp32 or bf16x3 products of n x n) or rect (polar factors of long
+            matrices, bf16 allowed); auto takes rect when polar factors are in bf16.
+        precision: of the Gram form's products; None is the operands' dtype.
     """
-    u, g = manifold.unit(weight), orient(grad)
-    if u.shape[-2] == u.shape[-1]:
-        direction = u @ skew(norm.polar(skew(u.mT @ g)))
-    else:
-        direction = tangent_unit(u, norm.polar(tangent_unit(u, g)))
-    return orient_like(direction, grad) * norm.factor(grad.shape)
+
+    method: str = "lgm"
+    refine: int = 0
+    form: str = "auto"
+    precision: Precision | None = None
+
+    def __post_init__(self) -> None:
+        for key, value, known in (("method", self.method, METHODS), ("form", self.form, FORMS)):
+            if value not in known:
+                raise UsageError(f"optim.solver.{key} '{value}' is not one of {', '.join(known)}")
+        if self.refine < 0:
+            raise UsageError(f"optim.solver.refine must be 0 or more, got {self.refine}")
+        if self.precision is Precision.BF16:
+            raise UsageError(
+                "optim.solver.products 'bf16': the Gram form squares condition numbers and "
+                "diverges in bf16; use fp32 or bf16x3, or optim.solver.form=rect"
+            )
+
+
+def one_shot(u: Tensor, grad: Tensor, polar_factor: Polar) -> Tensor:
+    """P msign(P G), P the tangent projection: tangent, of norm at most 2/sqrt(3).
+
+    0.90 to 0.95 of the optimum. The projections run in the dtype of `grad` whatever that of the
+    polar factor, so the result is tangent to rounding.
+
+    Shapes: (..., long, short), u^T u = I.
+    Source: SPEL, arXiv 2601.21487, with the second projection. 2/sqrt(3): write Ab = [X; Y] b in
+        the basis of U, x = |Xb|; then |P A b|^2 <= ((1 + x)/2)^2 + 1 - x^2 <= 4/3.
+    Cost: a polar factor and 8 l s^2 FLOPs.
+    """
+    return tangent_unit(u, polar_factor(tangent_unit(u, grad)))
+
+
+def square(u: Tensor, grad: Tensor, polar_factor: Polar | None = None) -> Tensor:
+    """U msign(skew(U^T G)): the optimum on square matrices.
+
+    The tangent space is U times the skew matrices, and U keeps the spectral norm.
+
+    Shapes: (..., n, n). polar_factor None: within 1e-6 of the optimum in fp32.
+    Source: J. Su, kexue.fm 11215.
+    Cost: a polar factor and 4 n^3 FLOPs.
+    """
+    k = skew(u.mT @ grad)
+    factor = polar_factor(k) if polar_factor else polar(k, SQUARE_STEPS, SQUARE_TABLE)
+    return u @ skew(factor)
+
+
+@dataclass(frozen=True)
+class StiefelSpectral(Solver):
+    """Manifold Muon's direction by the ladder; squares take the closed form on every rung."""
+
+    norm: Spectral
+    manifold: Stiefel
+    ladder: Ladder = field(default_factory=Ladder)
+
+    @property
+    def name(self) -> str:
+        """Method, refinements and form."""
+        chosen = self.ladder
+        refined = f"({chosen.refine})" if chosen.refine else ""
+        form = f" {chosen.form}" if chosen.method == "lgm" and chosen.form != "auto" else ""
+        return f"{chosen.method}{refined}{form}"
+
+    def __call__(self, grad: Tensor, weight: Tensor) -> Solution:
+        """Solve a batch."""
+        u, g = self.manifold.unit(weight), orient(grad)
+        solution = self._solve(u, g)
+        direction = orient_like(solution.direction, grad) * self.norm.factor(grad.shape)
+        return solution._replace(direction=direction)
+
+    def _solve(self, u: Tensor, g: Tensor) -> Solution:
+        method, polar_factor = self.ladder.method, self.norm.polar
+        if u.shape[-2] == u.shape[-1] and method != "exact":
+            accurate = method == "lgm" and not self._rough(g.device)
+            return Solution(square(u, g, None if accurate else polar_factor))
+        if method == "oneshot":
+            return Solution(one_shot(u, g, polar_factor))
+        if method == "published":
+            return Solution(dual_ascent(u, g, PUBLISHED_STEPS, polar=polar_factor))
+        if method == "exact":
+            return Solution(_exact(u, g))
+        if self._rough(g.device):
+            return lgm.rectangular(u, g, self.ladder.refine, polar_factor)
+        return lgm.gram(u, g, self.ladder.refine, self.ladder.precision)
+
+    def _rough(self, device: torch.device) -> bool:
+        """Whether the rectangular form is taken."""
+        if self.ladder.form != "auto":
+            return self.ladder.form == "rect"
+        return self.norm.polar.precision_on(device) is Precision.BF16
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of a direction on a CPU, in fp32 (a GPU takes the rectangular form)."""
+        short, ratio = min(shape), max(shape) / min(shape)
+        rough = self._rough(torch.device("cpu"))
+        of_polar = self.norm.polar.flops(shape)
+        if ratio == 1.0:
+            accurate = self.ladder.method == "lgm" and not rough
+            steps = SQUARE_STEPS * 6 * short**3
+            return (steps if accurate else of_polar) + 4 * short**3
+        products = {
+            "oneshot": 4 * ratio,
+            "published": dual_ascent_products(ratio, PUBLISHED_STEPS, 0),
+            "exact": 0.0,
+            "lgm": lgm.gram_products(ratio, self.ladder.refine),
+        }[self.ladder.method]
+        factors = {"oneshot": 1, "published": PUBLISHED_STEPS + 1}.get(self.ladder.method, 0)
+        if self.ladder.method == "lgm" and rough:
+            products = lgm.rectangular_products(ratio, self.ladder.refine)
+            factors = 2 + self.ladder.refine
+        return round(products * 2 * short**3) + factors * of_polar
+
+    def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
+        """Certified gap, tangency defect and spectral norm of a direction."""
+        u = self.manifold.unit(weight)
+        unit = orient(direction) / self.norm.factor(grad.shape)
+        found = certify(u, orient(grad), unit)
+        return {"gap": found.gap, "tangency": found.tangency, "norm": found.norm}
+
+
+def _exact(u: Tensor, grad: Tensor) -> Tensor:
+    """The certified optimum, one matrix after the other on the CPU."""
+    pairs = zip(u.flatten(0, -3).cpu(), grad.flatten(0, -3).cpu(), strict=True)
+    found = torch.stack([certified_optimum(*pair).direction for pair in pairs])
+    return found.view(grad.shape).to(grad)

@@ -77,6 +77,23 @@ def test_projection_is_the_nearest_point_of_the_ball(name):
         assert inner(w - nearest, other - nearest) <= 1e-9
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (7, 7), (1, 9), (9, 1)])
+def test_extent_is_the_length_of_a_full_direction_and_of_none_longer(name, shape):
+    norm = make(name)
+    assert norm.lmo(gauss(shape)).norm().item() == pytest.approx(norm.extent(shape), rel=1e-3)
+    for seed in range(20):
+        feasible = gauss(shape, seed)
+        assert feasible.norm() / norm.value(feasible) <= norm.extent(shape) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("scale", ["rms", "muon", "none"])
+def test_extent_follows_the_spectral_scale(scale):
+    norm = Spectral(scale, Polar(steps=12))
+    for shape in ((24, 6), (6, 24)):
+        assert norm.lmo(gauss(shape)).norm().item() == pytest.approx(norm.extent(shape), rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["sign", "colnorm", "rownorm"])
 def test_reach_is_honest(name):
     """What `reach` calls enough gives the same LMO as the whole matrix."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from geon.optim import AdamW, Group, HybridOptimizer, ParamInfo, Polar, Role, Rule, Spectral
 from geon.optim.norms import ColNorm, RowNorm, Sign
+from geon.optim.polar import Precision
 
 
 def gauss(shape, seed=0):
@@ -32,7 +33,7 @@ def run(optimizer, params, steps=6, scale=1e-3):
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
 def test_muon_is_torch_muon(shape, nesterov):
     weights = [gauss(shape, s) for s in (1, 2)]
-    keller = Polar("keller", 5, torch.bfloat16)
+    keller = Polar("keller", 5, Precision.BF16)
     rule = Rule(Spectral("muon", keller), momentum=0.95, nesterov=nesterov, decay=0.1)
     ours, mine = one_group(rule, weights, lr=0.02)
     theirs = [nn.Parameter(w.clone()) for w in weights]

@@ -1,0 +1,76 @@
+"""From config nodes to the rules of the optimizer: norms, manifolds, polar factors, solvers."""
+
+from geon.configs.schema import PolarConfig, RuleConfig, RuleKind, SolverConfig
+from geon.errors import UsageError, nearest
+from geon.optim import (
+    MANIFOLDS,
+    NORMS,
+    AdamW,
+    Ladder,
+    Manifold,
+    Norm,
+    Polar,
+    Precision,
+    Rule,
+    Spectral,
+)
+
+
+def make_rule(config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str) -> Rule | AdamW:
+    """Build one rule; `key` is its place in the config, for messages."""
+    if config.rule is RuleKind.adamw:
+        if len(config.betas) != 2:
+            raise UsageError(f"{key}.betas needs two numbers, got {config.betas}")
+        return AdamW((config.betas[0], config.betas[1]), config.eps, config.weight_decay)
+    try:
+        return Rule(
+            norm=_make_norm(config, polar, key),
+            manifold=_make_manifold(config, key),
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            radius=config.radius,
+            decay=config.weight_decay,
+            ladder=ladder,
+            second_moment=config.second_moment,
+        )
+    except ValueError as error:
+        raise UsageError(f"{key}: {error}" if key not in str(error) else str(error)) from None
+
+
+def _make_norm(config: RuleConfig, polar: PolarConfig, key: str) -> Norm:
+    if config.norm not in NORMS:
+        raise UsageError(
+            f"{key}.norm '{config.norm}' is not one of {', '.join(NORMS)}."
+            f"{nearest(config.norm, list(NORMS))}"
+        )
+    if config.norm != "spectral":
+        return NORMS[config.norm]()
+    words = ("auto", *Precision)
+    if polar.dtype not in words:
+        raise UsageError(f"optim.polar.dtype '{polar.dtype}' is not one of {', '.join(words)}")
+    precision = None if polar.dtype == "auto" else Precision(polar.dtype)
+    steps = Polar(polar.coefficients, polar.steps, precision, polar.accuracy, polar.lower)
+    return Spectral(scale=config.spectral_scale, polar=steps)
+
+
+def _make_manifold(config: RuleConfig, key: str) -> Manifold:
+    if config.manifold not in MANIFOLDS:
+        raise UsageError(
+            f"{key}.manifold '{config.manifold}' is not one of {', '.join(MANIFOLDS)}."
+            f"{nearest(config.manifold, list(MANIFOLDS))}"
+        )
+    if config.manifold == "euclidean":
+        return MANIFOLDS[config.manifold]()
+    return MANIFOLDS[config.manifold](radius=config.radius)
+
+
+def make_ladder(config: SolverConfig) -> Ladder:
+    """Build the choice of solver.
+
+    Raises:
+        UsageError: an unknown word, or bf16 products.
+    """
+    if config.products not in set(Precision):
+        raise UsageError(f"optim.solver.products '{config.products}' is not one of fp32, bf16x3")
+    precision = None if config.products == "fp32" else Precision(config.products)
+    return Ladder(config.method, config.refine, config.form, precision)

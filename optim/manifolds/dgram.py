@@ -1,0 +1,94 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from geon.optim.manifolds.base import Manifold, check_radius, gaussian
+from geon.optim.manifolds.sphere import refuse_zero_vectors
+from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE, Stiefel, orient, orient_like
+from geon.optim.polar.iterate import unit_frobenius
+
+
+@dataclass(frozen=True)
+class DGram(Manifold):
+    """W^T W diagonal (tall) or W W^T diagonal (wide): orthogonal columns of free length, W = U D.
+
+    A Stiefel point with a gain for each vector of the short side, learned in the weight itself.
+    Columns below are those of the tall orientation.
+
+    Attributes:
+        radius: training starts with all lengths radius * sqrt(d_out/d_in), on the Stiefel manifold.
+    """
+
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_radius(self, self.radius)
+
+    def length(self, shape: tuple[int, ...]) -> float:
+        """Frobenius norm of the starting point; training changes it."""
+        return Stiefel(self.radius).length(shape)
+
+    def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
+        """V - W S, S symmetric with zero diagonal, S_ij = (W^T V + V^T W)_ij / (d_i^2 + d_j^2).
+
+        Cost: 4 l s^2 FLOPs.
+        """
+        w, v = orient(weight), orient(vector)
+        return orient_like(v - w @ normal_coefficients(w, v), vector)
+
+    def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
+        """Cubic Newton-Schulz steps on the unit columns (two above 0.05 rad); lengths kept.
+
+        A column shorter than the others turns by more than `angle`. One that a large step shrinks
+        to almost nothing loses its direction; later steps bring it back.
+
+        Cost: 4 l s^2 FLOPs a step, in the weight's dtype.
+        """
+        w = orient(weight)
+        lengths, u = torch.linalg.vector_norm(w, dim=-2, keepdim=True), unit_frobenius(w, dim=-2)
+        for _ in range(2 if angle > TWO_STEPS_ABOVE else 1):
+            u = 1.5 * u - 0.5 * (u @ (u.mT @ u))
+        return orient_like(u * lengths, weight)
+
+    def residual(self, weight: Tensor) -> Tensor:
+        """Largest |cosine| between two columns."""
+        u = unit_frobenius(orient(weight), dim=-2)
+        return zero_diagonal(u.mT @ u).abs().amax(dim=(-2, -1))
+
+    def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
+        """Uniform directions, log-normal lengths around the starting one."""
+        point = self.init(shape, generator)
+        short = (1, shape[1]) if shape[0] >= shape[1] else (shape[0], 1)
+        return point * torch.exp(0.3 * gaussian(short, generator))
+
+    def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
+        """Uniform on the Stiefel manifold of the same radius: all lengths equal."""
+        return Stiefel(self.radius).random_point(shape, generator)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Polar factor of the unit columns, at the lengths of the columns; float64.
+
+        Not the nearest point, which has no closed form: that of the nearest orthonormal columns
+        to the directions of the columns, which keeps every length.
+        """
+        w = orient(weight.double())
+        side = "column" if w.shape == weight.shape else "row"
+        refuse_zero_vectors(w, -2, side, "DGram manifold")
+        directions = Stiefel().project(unit_frobenius(w, dim=-2))
+        unit = unit_frobenius(directions, dim=-2)
+        lengths = torch.linalg.vector_norm(w, dim=-2, keepdim=True)
+        return orient_like(unit * lengths, weight).to(weight.dtype)
+
+
+def normal_coefficients(w: Tensor, v: Tensor) -> Tensor:
+    """S of the normal part W S of v at a tall w; zero between columns that are both zero."""
+    gram = w.mT @ v
+    squares = w.square().sum(dim=-2)
+    sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
+    return zero_diagonal(gram + gram.mT) / torch.where(sums > 0, sums, torch.ones_like(sums))
+
+
+def zero_diagonal(x: Tensor) -> Tensor:
+    """Square matrices without their diagonal."""
+    return x - torch.diag_embed(x.diagonal(dim1=-2, dim2=-1))

@@ -1,0 +1,60 @@
+"""What a step says about its own directions, gathered on the device and read by the log."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from geon.optim.rule import Rule
+from geon.optim.solvers import Solution
+
+
+class Readings:
+    """Counts fallbacks at every step, and inspects directions when asked to.
+
+    Nothing is read back from the device before `summary`.
+
+    Attributes:
+        wanted: set it before a step to have the directions of that step inspected.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._fell_back: Tensor | None = None
+        self._looked: dict[str, list[Tensor]] = {}
+        self._looking: dict[str, list[Tensor]] = defaultdict(list)
+
+    def take(self, rule: Rule, update: Tensor, weight: Tensor, solution: Solution) -> None:
+        """Take note of one batch of solved directions, on a manifold."""
+        if solution.fell_back is not None:
+            count = solution.fell_back.sum()
+            self._fell_back = count if self._fell_back is None else self._fell_back + count
+        if not self.wanted:
+            return
+        for name, values in rule.solver.inspect(update, weight, solution.direction).items():
+            self._looking[name].append(values.flatten())
+        self._looking["residual"].append(rule.manifold.residual(weight).flatten())
+
+    def close(self) -> None:
+        """End of a step: keep what was seen, and look away."""
+        if self.wanted:
+            self._looked, self._looking = dict(self._looking), defaultdict(list)
+            self.wanted = False
+
+    def fallbacks(self) -> int:
+        """Matrices solved by a fallback since the last call; waits for the device."""
+        count, self._fell_back = self._fell_back, None
+        return 0 if count is None else int(count)
+
+    def summary(self) -> dict[str, float]:
+        """Worst and median of each reading over the matrices of the last inspected step.
+
+        Names: gap (shortfall from the certified optimum), tangency, norm (of the direction),
+        residual (of the weight); with "_median" the median.
+        """
+        found: dict[str, float] = {}
+        for name, values in self._looked.items():
+            joined = torch.cat([v.double().cpu() for v in values])
+            found[name] = float(joined.max())
+            found[f"{name}_median"] = float(joined.median())
+        return found

@@ -1,0 +1,109 @@
+"""Pairs solved by a formula, or by a fixed number of polar factors: one line each in `find`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from geon.optim.manifolds import (
+    DGram,
+    Euclidean,
+    Manifold,
+    Oblique,
+    SpectralBall,
+    SpectralSphere,
+    Sphere,
+)
+from geon.optim.manifolds.spectral import top_pair
+from geon.optim.norms import RMS, Frobenius, Norm, Sign, Spectral
+from geon.optim.norms.rownorm import RowWise
+from geon.optim.solvers.base import Solution, Solver
+from geon.optim.solvers.dgram import dgram_spectral
+from geon.optim.solvers.scalar_dual import scalar_dual
+from geon.optim.solvers.sphere import row_tangent_normalised, tangent_normalised, tangent_sign
+
+KNOWN = (
+    "any norm on euclidean; frobenius on any; spectral on stiefel, orthogonal, dgram, hypersphere, "
+    "frobenius_sphere, spectral_sphere, spectral_ball; sign on hypersphere, frobenius_sphere, "
+    "oblique, oblique_columns; rms on hypersphere, frobenius_sphere; rownorm, colnorm on oblique"
+)
+
+SCALAR_EVALUATIONS = 6
+"""Polar factors for the one dual variable of a sphere: the shortfall is 1e-3 at most."""
+DGRAM_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class ClosedForm(Solver):
+    """(grad, weight) -> direction by `solve`, which takes so many `polar_factors`."""
+
+    norm: Norm
+    manifold: Manifold
+    solve: Callable[[Tensor, Tensor], Tensor]
+    polar_factors: int = 0
+
+    def __call__(self, grad: Tensor, weight: Tensor) -> Solution:
+        """Solve a batch."""
+        return Solution(self.solve(grad, weight))
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of the polar factors, or of one LMO."""
+        return max(1, self.polar_factors) * self.norm.flops(shape)
+
+    def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
+        """Share of the direction that is normal to the manifold."""
+        normal = direction - self.manifold.tangent(weight, direction)
+        size = direction.norm(dim=(-2, -1))
+        return {"tangency": normal.norm(dim=(-2, -1)) / size.clamp_min(1e-30)}
+
+
+def find(norm: Norm, manifold: Manifold) -> ClosedForm | None:
+    """The solver of a pair; None when there is no closed form."""
+    on_sphere, on_oblique = isinstance(manifold, Sphere), isinstance(manifold, Oblique)
+
+    def made(solve: Callable[[Tensor, Tensor], Tensor], polar_factors: int = 0) -> ClosedForm:
+        return ClosedForm(norm, manifold, solve, polar_factors)
+
+    match norm:
+        case _ if isinstance(manifold, Euclidean):
+            return made(lambda g, w: norm.lmo(g))
+        case Spectral() if isinstance(manifold, SpectralBall):
+            # Anything may be stepped in; the retraction caps what leaves the ball.
+            return made(lambda g, w: norm.lmo(g), 1)
+        case Spectral() if on_sphere:
+            return made(lambda g, w: _one_constraint(norm, g, w), SCALAR_EVALUATIONS)
+        case Spectral() if isinstance(manifold, SpectralSphere):
+            return made(lambda g, w: _one_constraint(norm, g, _top(w)), SCALAR_EVALUATIONS)
+        case Spectral() if isinstance(manifold, DGram):
+            return made(lambda g, w: _dgram(norm, manifold, g, w), 1 + 2 * DGRAM_ROUNDS)
+        case Frobenius():
+            return made(lambda g, w: tangent_normalised(g, w, manifold))
+        case RMS() if on_sphere:
+            return made(lambda g, w: tangent_normalised(g, w, manifold) * _root_size(g))
+        case Sign() if on_sphere:
+            return made(lambda g, w: tangent_sign(g, w) / g.shape[-1])
+        case Sign() if on_oblique:
+            return made(lambda g, w: tangent_sign(g, w, manifold.dim) / g.shape[-1])
+        case RowWise() if on_oblique and manifold.dim == -1:
+            return made(lambda g, w: row_tangent_normalised(g, w) * norm.row_radius(g.shape))
+    return None
+
+
+def _one_constraint(norm: Spectral, grad: Tensor, theta: Tensor) -> Tensor:
+    direction = scalar_dual(grad, theta, norm.polar, SCALAR_EVALUATIONS)
+    return direction * norm.factor(grad.shape)
+
+
+def _dgram(norm: Spectral, manifold: DGram, grad: Tensor, weight: Tensor) -> Tensor:
+    direction = dgram_spectral(grad, weight, manifold, norm.polar, DGRAM_ROUNDS)
+    return direction * norm.factor(grad.shape)
+
+
+def _top(weight: Tensor) -> Tensor:
+    u, v = top_pair(weight)
+    return u @ v.mT
+
+
+def _root_size(x: Tensor) -> float:
+    return math.sqrt(x.shape[-2] * x.shape[-1])

@@ -1,0 +1,271 @@
+"""LGM: Manifold Muon's direction by a Lyapunov equation and a matrix geometric mean.
+
+Maximise <G, A> over ||A||_2 <= 1 with U^T A skew, for tall U, U^T U = I. Write A = U Z + P X with
+Z skew and P = (I - U U^T) G, the part of G across U. With K = skew(U^T G) and C = P^T P, all the
+work is n x n:
+
+1. Q = (K^T K + C)^(1/2), the root of the dual's Gram where the dual ascent would start.
+2. Z solves ZQ + QZ = 2K; then ||Z||_2 <= 1, because Q >= |K|. It is mixed with Z' = skew(K Q^-1),
+   a contraction too, by a share that depends on the aspect ratio.
+3. X = C^-1 # (I + Z^2), the geometric mean: the best A for this Z; it has A^T A = I.
+
+Derived, with proofs, in docs/theory.md. Two forms: `gram` takes the Grams U^T G and G^T G to
+coefficients; it squares condition numbers, so it needs fp32 or bf16x3. `rectangular` takes two
+polar factors of long matrices instead, which may be in bf16.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from geon.optim.manifolds.stiefel import skew, sym, tangent_unit
+from geon.optim.polar import Polar, Precision, inverse_sqrt, minimax
+from geon.optim.polar.iterate import product, unit_frobenius
+from geon.optim.solvers.base import Solution
+
+# Measured choices: scripts/bench_solver.py --ablate shows what each is worth. Lengths are in units
+# of the root mean square singular value of the tangent part of the gradient.
+SHIFT = 0.02
+"""Dual singular values are smoothed to (s^2 + SHIFT^2)^(1/2)."""
+SOFT = 2e-5
+"""Added to the Gram across U, as a share of its mean: smaller ones are lost to fp32 rounding."""
+JITTER = 5e-4
+"""Added to I + Z^2 before its Cholesky factor; the direction's norm becomes sqrt(1 + JITTER)."""
+OVER_RELAXATION = 1.3
+"""Of a refinement."""
+CG_STEPS = 5
+"""Of the Lyapunov equation, from Z'."""
+ROOT_STEPS = 6
+ROOT_TABLE = minimax(3e-3, ROOT_STEPS)
+POWER_STEPS = 12
+ENERGY = 1.02
+"""Largest admitted ||A||_F^2 / n; in exact arithmetic it is 1 at most."""
+
+# bf16 factors: singular values are off by 1%, so the guards are wider.
+ROUGH_JITTER = 2e-3
+ROUGH_MARGIN = 1.01
+ROUGH_ENERGY = 1.1
+
+
+def gram(u: Tensor, grad: Tensor, refine: int = 0, precision: Precision | None = None) -> Solution:
+    """LGM direction from n x n products.
+
+    Shapes: u and grad (..., long, short), u^T u = I.
+    refine: steps of reweighted least squares on the dual before the completion (docs/theory.md).
+    precision: fp32 or bf16x3; None computes in the dtype of `grad`. On CUDA keep TF32 off around
+        it (`ieee_products`).
+
+    Returns: directions, tangent to rounding, of spectral norm (1 + JITTER)^(1/2), scale invariant,
+        exactly zero for zero. Where rounding broke the completion it is the one-shot step, and
+        `fell_back` says so.
+    Source: docs/theory.md; we know of no earlier description.
+    Cost: 6 r + 59 + 31 refine products of n x n, r = long/short (`gram_products`).
+    """
+    n = u.shape[-1]
+    g = unit_frobenius(grad) * math.sqrt(n)
+    b, gg = product(u.mT, g, precision), product(g.mT, g, precision)
+    left, right, fell_back = coefficients(b, gg, u.shape[-2] / n, refine, precision)
+    a = product(u, left, precision) + product(g, right, precision)
+    # Where C is small, X is large, and so is the rounding of G X - U (B X): make A tangent again.
+    return Solution(a - product(u, sym(product(u.mT, a, precision)), precision), fell_back)
+
+
+def gram_products(ratio: float, refine: int = 0) -> float:
+    """Products of n x n (2 n^3 FLOPs each) that `gram` takes for aspect ratio long/short.
+
+    A Cholesky factor counts 1/6; symmetric products count in full.
+    """
+    root = 4 * ROOT_STEPS - 3
+    lyapunov_solve = 2 + CG_STEPS
+    along = (1 + refine) * (2 + root) + refine * (1 + lyapunov_solve)
+    along += lyapunov_solve if share(ratio) < 1.0 else 0
+    across = 1 + 1 / 6 + 2 + root + 2 + 1
+    return 6 * ratio + 1 + along + across + 1
+
+
+def coefficients(
+    b: Tensor, gg: Tensor, ratio: float, refine: int = 0, precision: Precision | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L1, L2, fell back) with A = U L1 + G L2, from b = U^T G and gg = G^T G alone.
+
+    Nothing here is longer than n: on ranks that cut the long side, the two Grams are all that has
+    to be summed.
+
+    Shapes: (..., n, n); G has Frobenius norm sqrt(n), or 0. ratio: long/short.
+    """
+    k = skew(b)
+    inside = product(b.mT, b, precision)
+    c = sym(gg - inside)
+    noise = _noise(inside, precision)
+    size = ((_trace(c) + _square(k)) / b.shape[-1]).maximum(noise).sqrt()
+    k, c, noise = k / size, c / size**2, noise / size**2
+    along = _along(k, c, noise, ratio, refine, precision)
+    x, broken = _across(along.z, c, noise, precision)
+    # The one-shot step is at hand: Z' along U, Q^-1 across.
+    z = along.one_shot.where(broken, along.z)
+    x = along.root_inverse.where(broken, x) / size
+    return z - product(b, x, precision), x, broken[..., 0, 0]
+
+
+class _Along(NamedTuple):
+    """The part along U, and the one-shot step (skew(K Q^-1), Q^-1) of the first root."""
+
+    z: Tensor
+    one_shot: Tensor
+    root_inverse: Tensor
+
+
+def _along(
+    k: Tensor, c: Tensor, noise: Tensor, ratio: float, refine: int, precision: Precision | None
+) -> _Along:
+    shift = (SHIFT**2 + noise) * _eye(k)
+    s, z, roots = torch.zeros_like(k), None, []
+    for step in range(refine + 1):
+        m = k + s
+        r = sym(product(m.mT, m, precision)) + c + shift
+        inverse = inverse_sqrt(r, ROOT_STEPS, ROOT_TABLE, precision)
+        roots.append((skew(product(m, inverse, precision)), inverse))
+        if step < refine or share(ratio) < 1.0:
+            q = sym(product(r, inverse, precision))
+            z = lyapunov(q, 2 * k, roots[-1][0] if z is None else z, CG_STEPS, precision)
+        if step < refine:
+            s = s + OVER_RELAXATION * (sym(product(z, q, precision)) - s)
+    return _Along(_contract(_mix(z, roots[-1][0], ratio)), *roots[0])
+
+
+def _across(
+    z: Tensor, c: Tensor, noise: Tensor, precision: Precision | None
+) -> tuple[Tensor, Tensor]:
+    """X = C^-1 # (I + Z^2), and where it broke. X C X = L L^T for any factor L L^T = I + Z^2."""
+    eye, n = _eye(z), z.shape[-1]
+    low, info = torch.linalg.cholesky_ex(sym(product(z, z, precision)) + (1 + JITTER) * eye)
+    inner = sym(product(low.mT, product(c, low, precision), precision))
+    inner = inner + (SOFT * _trace(c).clamp_min(0) / n + noise) * eye
+    root = inverse_sqrt(inner, ROOT_STEPS, ROOT_TABLE, precision)
+    x = sym(product(low, product(root, low.mT, precision), precision))
+    # ||A||_F^2 = ||Z||_F^2 + tr(X C X). A comparison with nan is False, so nan counts as broken.
+    energy = _square(z) + (x * product(c, x, precision)).sum(dim=(-2, -1), keepdim=True)
+    return x, (info[..., None, None] != 0) | ~(energy <= ENERGY * n)
+
+
+def rectangular(u: Tensor, grad: Tensor, refine: int = 0, polar: Polar | None = None) -> Solution:
+    """LGM direction from polar factors of long matrices: safe when `polar` computes in bf16.
+
+    The factors may be crude: the products around them are in the dtype of `grad`, and the factor
+    across U is projected off U, so the direction is tangent to rounding.
+
+    Shapes, refine: as `gram`. polar: of (..., long, short) matrices.
+    Returns: as `gram`; with bf16 factors the spectral norm is 1.004 at most (measured).
+    Cost: 2 + refine polar factors and 12 r + 7 + refine (3 r + 7) other products of n x n
+        (`rectangular_products`).
+    """
+    polar = polar or Polar()
+    n, ratio = u.shape[-1], u.shape[-2] / u.shape[-1]
+    g = unit_frobenius(grad) * math.sqrt(n)
+    b = u.mT @ g
+    k, across = skew(b), g - u @ b
+    size = ((_square(k) + _square(across)) / n).sqrt()
+    s, z, factors = torch.zeros_like(k), None, []
+    for step in range(refine + 1):
+        m = across + u @ (k + s)
+        factors.append(polar(m))
+        q = sym(m.mT @ factors[-1]) + SHIFT * size * _eye(k)
+        one_shot = skew(u.mT @ factors[-1])
+        z = lyapunov(q, 2 * k, one_shot if z is None else z, CG_STEPS)
+        if step < refine:
+            s = s + OVER_RELAXATION * (sym(z @ q) - s)
+    z = _contract(_mix(z, one_shot, ratio), ROUGH_MARGIN)
+    low, info = torch.linalg.cholesky_ex(sym(z @ z) + (1 + ROUGH_JITTER) * _eye(k))
+    v = polar(across @ low)
+    a = u @ z + (v - u @ (u.mT @ v)) @ low.mT
+    broken = (info[..., None, None] != 0) | ~(_square(a) <= ROUGH_ENERGY * n)
+    return Solution(tangent_unit(u, factors[0]).where(broken, a), broken[..., 0, 0])
+
+
+def rectangular_products(ratio: float, refine: int = 0) -> float:
+    """Products of n x n that `rectangular` takes besides its 2 + refine polar factors."""
+    each = 3 * ratio + 1 + CG_STEPS
+    return 9 * ratio + (1 + refine) * each + refine + 1 + 1 / 6
+
+
+def lyapunov(
+    q: Tensor, right: Tensor, start: Tensor, steps: int, precision: Precision | None = None
+) -> Tensor:
+    """Skew Z with ZQ + QZ = right, by conjugate gradients on skew matrices.
+
+    Shapes: (..., n, n); q symmetric positive definite, right and start skew.
+    Cost: steps + 1 products, as ZQ = -(QZ)^T.
+    """
+    z = start
+    residual = right - _anticommutator(q, z, precision)
+    search, length = residual, _square(residual)
+    tiny = torch.finfo(q.dtype).tiny
+    for _ in range(steps):
+        image = _anticommutator(q, search, precision)
+        step = length / (search * image).sum(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+        z = z + step * search
+        residual = residual - step * image
+        before, length = length, _square(residual)
+        search = residual + length / before.clamp_min(tiny) * search
+    return z
+
+
+def share(ratio: float) -> float:
+    """Share of Z' in the mix, for aspect ratio long/short.
+
+    Measured: nearly square matrices want all of it, 4 : 1 about a fifth. Any share is feasible,
+    because contractions form a convex set.
+    """
+    return min(1.0, 3.0 / ratio**2)
+
+
+def _mix(z: Tensor | None, one_shot: Tensor, ratio: float) -> Tensor:
+    weight = share(ratio)
+    return one_shot if z is None or weight == 1.0 else z + weight * (one_shot - z)
+
+
+def _contract(z: Tensor, margin: float = 1.003) -> Tensor:
+    """Divide by max(1, ||Z||_2): at most 1 in theory, more after truncation and rounding.
+
+    The estimate is a power iteration on Z^T Z, a lower bound; margin and JITTER cover the rest.
+    """
+    x = torch.linspace(0.9, 1.1, z.shape[-1], dtype=z.dtype, device=z.device).unsqueeze(-1)
+    x = x.expand(*z.shape[:-1], 1)
+    tiny = torch.finfo(z.dtype).tiny
+    for _ in range(POWER_STEPS):
+        x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp_min(tiny)
+        x = z.mT @ (z @ x)
+    estimate = torch.linalg.vector_norm(x, dim=-2, keepdim=True).sqrt()
+    return z / (margin * estimate).clamp_min(1.0)
+
+
+def _anticommutator(q: Tensor, z: Tensor, precision: Precision | None) -> Tensor:
+    """ZQ + QZ for skew Z and symmetric Q."""
+    qz = product(q, z, precision)
+    return qz - qz.mT
+
+
+def _noise(inside: Tensor, precision: Precision | None) -> Tensor:
+    """Rounding of C = G^T G - B^T B in the 2-norm, given B^T B.
+
+    C is a difference, so this is absolute: a gradient nearly normal to the manifold has a C smaller
+    than its own rounding (and than the rounding of U^T U, which B^T B carries), and gets a short
+    step instead of a wild one.
+    """
+    eps = 2.0**-20 if precision is Precision.BF16X3 else torch.finfo(inside.dtype).eps
+    return 4 * eps * (math.sqrt(inside.shape[-1]) + _square(inside).sqrt())
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+
+
+def _square(x: Tensor) -> Tensor:
+    """||X||_F^2 of each matrix, as (..., 1, 1)."""
+    return (x * x).sum(dim=(-2, -1), keepdim=True)

@@ -1,0 +1,303 @@
+"""Every manifold of the table against the promises of its base class.
+
+A new manifold is tested by adding its name (and dimension) here.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geon.optim.manifolds import MANIFOLDS, Oblique, SpectralSphere, Sphere, Stiefel
+from geon.optim.manifolds.spectral import hard_cap, top_pair
+
+NAMES = sorted(MANIFOLDS)
+CONSTRAINED = [name for name in NAMES if name != "euclidean"]
+SHAPES = [(12, 5), (5, 12), (7, 7)]
+# All points have one Frobenius norm.
+CONSTANT_LENGTH = {
+    "frobenius_sphere",
+    "hypersphere",
+    "oblique",
+    "oblique_columns",
+    "orthogonal",
+    "stiefel",
+}
+# Dimension of the set of m x n matrices, m >= n or not, short side s.
+DIMENSION = {
+    "dgram": lambda m, n, s: m * n - s * (s - 1) // 2,
+    "euclidean": lambda m, n, s: m * n,
+    "frobenius_sphere": lambda m, n, s: m * n - 1,
+    "hypersphere": lambda m, n, s: m * n - 1,
+    "oblique": lambda m, n, s: m * n - m,
+    "oblique_columns": lambda m, n, s: m * n - n,
+    "orthogonal": lambda m, n, s: m * n - s * (s + 1) // 2,
+    "spectral_ball": lambda m, n, s: m * n,
+    "spectral_sphere": lambda m, n, s: m * n - 1,
+    "stiefel": lambda m, n, s: m * n - s * (s + 1) // 2,
+}
+CASES = [
+    (name, shape) for name in NAMES for shape in SHAPES if name != "orthogonal" or shape == (7, 7)
+]
+every_case = pytest.mark.parametrize(("name", "shape"), CASES)
+
+
+def make(name, radius=1.7):
+    return MANIFOLDS[name]() if name == "euclidean" else MANIFOLDS[name](radius=radius)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def gauss(shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def point(manifold, shape, seed=1):
+    """On the manifold to float64."""
+    return manifold.project(manifold.random_point(shape, seeded(seed)).double())
+
+
+def unit_tangent(manifold, w, seed=2):
+    """Tangent vector as long as the weight."""
+    v = manifold.tangent(w, gauss(w.shape, seed))
+    return v * (w.norm() / v.norm())
+
+
+def test_every_manifold_is_tested():
+    assert set(DIMENSION) == set(NAMES)
+
+
+@every_case
+@pytest.mark.parametrize("draw", ["random_point", "init"])
+def test_drawn_points_are_on_the_manifold_seeded_and_as_long_as_promised(name, shape, draw):
+    manifold = make(name)
+    first, again = (getattr(manifold, draw)(shape, seeded(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == shape
+    assert first.dtype == torch.float32
+    assert manifold.residual(first) < 3e-6
+    if name in CONSTANT_LENGTH or (draw == "init" and name in ("dgram", "spectral_ball")):
+        assert first.norm().item() == pytest.approx(manifold.length(shape), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (5, 5), (30, 10), (20, 60)])
+def test_length_of_the_starts_that_vary(shape):
+    for manifold in (SpectralSphere(0.5), MANIFOLDS["euclidean"]()):
+        lengths = [manifold.init(shape, seeded(s)).norm().item() for s in range(300)]
+        tolerance = 0.03 if isinstance(manifold, SpectralSphere) else 0.3
+        assert sum(lengths) / 300 == pytest.approx(manifold.length(shape), rel=tolerance)
+
+
+def test_residual_is_relative():
+    """The same relative error gives the same residual whatever the radius."""
+    for name in CONSTRAINED:
+        residuals = []
+        for radius in (1e-3, 1.0, 1e3):
+            manifold = make(name, radius)
+            w = point(manifold, (6, 6))
+            residuals.append(manifold.residual(1.01 * w + 0.02 * w.abs().mean() * gauss((6, 6))))
+        assert min(residuals) > 1e-3
+        torch.testing.assert_close(residuals[0], residuals[1])
+        torch.testing.assert_close(residuals[2], residuals[1])
+
+
+@every_case
+def test_tangent_is_the_orthogonal_projection_on_a_space_of_the_right_dimension(name, shape):
+    manifold, size = make(name), shape[0] * shape[1]
+    w = point(manifold, shape).expand(size, *shape)
+    basis = torch.eye(size, dtype=torch.float64).view(size, *shape)
+    matrix = manifold.tangent(w, basis).reshape(size, size)
+    torch.testing.assert_close(matrix @ matrix, matrix, atol=1e-10, rtol=0)
+    torch.testing.assert_close(matrix, matrix.mT, atol=1e-10, rtol=0)
+    assert matrix.trace().item() == pytest.approx(DIMENSION[name](*shape, min(shape)), abs=1e-8)
+
+
+@every_case
+def test_retraction_follows_tangent_vectors_to_first_order(name, shape):
+    manifold = make(name)
+    w = point(manifold, shape) * (0.9 if name == "spectral_ball" else 1.0)
+    v = unit_tangent(manifold, w)
+    coarse, fine = ((manifold.retract(w + t * v) - w - t * v).norm() for t in (1e-3, 1e-4))
+    assert fine <= coarse / 80 + 1e-12 * w.norm()
+    if name not in ("euclidean", "spectral_ball"):
+        off = manifold.retract(w + 1e-3 * w.norm() * gauss(shape) / 10)
+        normal = (off - w - 1e-4 * w.norm() * gauss(shape)).norm()
+        assert normal > 10 * coarse, "a vector that is not tangent must not be followed"
+
+
+@every_case
+@pytest.mark.parametrize("angle", [0.05, 0.2])
+def test_steps_end_on_the_manifold(name, shape, angle):
+    """To within the fourth power of the angle that Newton-Schulz leaves."""
+    manifold, (tolerance, steps) = make(name), {0.05: (2e-4, 30), 0.2: (2e-3, 8)}[angle]
+    w = manifold.init(shape, seeded(1))
+    for seed in range(steps):
+        v = manifold.tangent(w, gauss(shape, seed).float())
+        v = v * (manifold.length(shape) / v.norm())
+        before, w = w, manifold.retract(w - angle * v, angle=angle)
+        assert manifold.residual(w) < tolerance
+        if name != "spectral_ball":  # it cuts steps off
+            turned = (w - before).norm() / manifold.length(shape)
+            assert turned == pytest.approx(angle, rel=0.3)
+
+
+@every_case
+def test_retraction_leaves_points_alone(name, shape):
+    manifold = make(name)
+    w = start = manifold.random_point(shape, seeded(1))
+    for _ in range(20):
+        w = manifold.retract(w)
+    torch.testing.assert_close(w, start, atol=2e-6 * start.norm().item(), rtol=0)
+
+
+@every_case
+def test_projection_is_idempotent_and_nearer_than_other_points(name, shape):
+    manifold, w = make(name), gauss(shape, 7)
+    nearest = manifold.project(w)
+    assert manifold.residual(nearest) < 1e-9
+    torch.testing.assert_close(manifold.project(nearest), nearest)
+    distance = (nearest - w).norm()
+    for seed in range(30):
+        other = manifold.random_point(shape, seeded(seed)).double()
+        assert (other - w).norm() >= distance * (1 - 1e-6)
+        if name != "dgram":  # that one says that it is only near
+            step = 0.03 * unit_tangent(manifold, nearest, seed)
+            close = manifold.project(nearest + step)
+            assert (close - w).norm() >= distance * (1 - 1e-9)
+
+
+@every_case
+def test_removes_decay_is_honest(name, shape):
+    """Shrinking the weight by a is undone to first order in a, or it is not."""
+    manifold = make(name)
+    w = point(manifold, shape)
+    moved = (manifold.retract((1 - 1e-3) * w) - w).norm() / w.norm()
+    assert moved < 1e-5 if manifold.removes_decay else moved > 1e-4
+    normal = manifold.tangent(w, w).norm() / w.norm() < 1e-9
+    assert normal == (manifold.removes_decay and name != "spectral_sphere")
+
+
+@every_case
+def test_batches_are_treated_one_by_one(name, shape):
+    manifold = make(name)
+    w = torch.stack([manifold.random_point(shape, seeded(s)) for s in range(3)])
+    v = torch.stack([gauss(shape, s + 5).float() for s in range(3)])
+    for verb in (manifold.retract, manifold.residual, manifold.project):
+        single = torch.stack([verb(x) for x in w + 0.01 * v])
+        torch.testing.assert_close(verb(w + 0.01 * v), single, rtol=1e-4, atol=1e-5)
+    single = torch.stack([manifold.tangent(x, y) for x, y in zip(w, v, strict=True)])
+    torch.testing.assert_close(manifold.tangent(w, v), single, rtol=1e-4, atol=1e-5)
+
+
+@every_case
+def test_means_are_brought_back(name, shape):
+    manifold = make(name)
+    points = torch.stack([manifold.random_point(shape, seeded(s)) for s in range(3)])
+    mean = manifold.mean(points)
+    assert mean.dtype == torch.float32
+    assert manifold.residual(mean) < 3e-6
+    torch.testing.assert_close(mean, manifold.mean(points, [2.0, 2.0, 2.0]))
+    torch.testing.assert_close(manifold.mean(points, [0.0, 5.0, 0.0]), points[1], rtol=0, atol=1e-5)
+    leaning = manifold.mean(points, torch.tensor([0.9, 0.05, 0.05]))
+    assert (leaning - points[0]).norm() < (mean - points[0]).norm()
+    for shares in ([1.0, 2.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]):
+        with pytest.raises(ValueError, match="shares"):
+            manifold.mean(points, shares)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verbs_of_a_step_never_wait_for_the_device(name):
+    """Meta tensors have no values: a branch on one raises."""
+    w = torch.empty(2, 6, 6, device="meta")
+    assert make(name).retract(w, angle=0.1).shape == w.shape
+    assert make(name).tangent(w, w).shape == w.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 20), cols=st.integers(1, 20), seed=st.integers(0, 10**6))
+def test_any_shape_will_do(name, rows, cols, seed):
+    shape = (rows, rows) if name == "orthogonal" else (rows, cols)
+    manifold = make(name)
+    w = manifold.random_point(shape, seeded(seed))
+    assert manifold.residual(w) < 1e-5
+    v = manifold.tangent(w, gauss(shape, seed + 1).float())
+    torch.testing.assert_close(manifold.tangent(w, v), v, atol=1e-5 * math.sqrt(w.numel()), rtol=0)
+    moved = manifold.retract(w - 0.01 * v / v.norm().clamp(min=1e-6) * w.norm())
+    assert moved.isfinite().all()
+    assert manifold.residual(moved) < 1e-3
+    assert 0 < manifold.length(shape) < math.inf
+
+
+@pytest.mark.parametrize("name", [name for name in CONSTRAINED if name != "spectral_ball"])
+def test_points_without_a_nearest_one_are_refused(name):
+    manifold = make(name)
+    with pytest.raises(ValueError, match="manifold=euclidean"):
+        manifold.project(torch.zeros(4, 4))
+    w = manifold.random_point((4, 4), seeded(1))
+    with pytest.raises(ValueError, match="manifold=euclidean"):
+        manifold.mean(torch.stack([w, -w]))
+
+
+def test_refusals_say_why():
+    for name in CONSTRAINED:
+        with pytest.raises(ValueError, match=r"must be positive, got 0"):
+            make(name, 0.0)
+    with pytest.raises(ValueError, match=r"\(6, 4\) is not square.*manifold=stiefel"):
+        make("orthogonal").random_point((6, 4), seeded(0))
+    with pytest.raises(ValueError, match="'diagonals' of the oblique manifold"):
+        Oblique(axis="diagonals")
+    w = torch.ones(4, 3)
+    w[2] = 0
+    with pytest.raises(ValueError, match="1 zero row"):
+        make("oblique").project(w)
+    assert make("oblique_columns").residual(make("oblique_columns").project(w)) < 1e-6
+
+
+def test_scales_of_the_spheres():
+    """RMS of the entries, RMS of rows and columns, and Stiefel points on the Frobenius sphere."""
+    entries = make("hypersphere", 0.3).random_point((8, 5), seeded(0))
+    assert entries.square().mean().sqrt().item() == pytest.approx(0.3)
+    rows = make("oblique", 0.3).random_point((8, 5), seeded(0))
+    torch.testing.assert_close(rows.square().mean(dim=1).sqrt(), torch.full((8,), 0.3))
+    columns = make("oblique_columns", 0.3).random_point((8, 5), seeded(0))
+    torch.testing.assert_close(columns.square().mean(dim=0).sqrt(), torch.full((5,), 0.3))
+    sphere = make("frobenius_sphere", 0.3)
+    assert isinstance(sphere, Sphere)
+    assert sphere.residual(Stiefel(0.3).random_point((8, 5), seeded(0))) < 1e-6
+    assert (
+        make("spectral_sphere", 0.3).residual(Stiefel(0.3).random_point((5, 8), seeded(0))) < 1e-6
+    )
+
+
+@pytest.mark.parametrize("doublings", [4, 8])
+@pytest.mark.parametrize("gap", [0.0, 1e-4, 1e-2, 0.1, 0.9])
+@pytest.mark.parametrize("shape", [(40, 40), (10, 60), (60, 10), (1, 7)])
+def test_top_pair_is_as_near_as_the_bound_says(shape, gap, doublings):
+    u, s, vh = torch.linalg.svd(gauss(shape), full_matrices=False)
+    s = torch.full_like(s, 1 - gap)
+    s[0] = 1
+    w = 1e-20 * ((u * s) @ vh)
+    left, right = top_pair(w, doublings)
+    torch.testing.assert_close(left.norm(), torch.ones_like(s[0]))
+    torch.testing.assert_close(right.norm(), torch.ones_like(s[0]))
+    assert 1e20 * (left.mT @ w @ right).item() >= min(shape) ** (-1 / 2 ** (doublings + 1)) - 1e-12
+    if gap == 0.9:
+        torch.testing.assert_close(left @ right.mT, u[:, :1] @ vh[:1], atol=1e-8, rtol=0)
+
+
+def test_top_pair_of_zero_is_zero():
+    for vector in top_pair(torch.zeros(2, 3, 4)):
+        assert torch.equal(vector, torch.zeros_like(vector))
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])
+def test_hard_cap_caps_and_keeps_small_singular_values(shape):
+    u, s, vh = torch.linalg.svd(gauss(shape).float(), full_matrices=False)
+    s = torch.logspace(-6, 0.7, len(s))
+    capped = hard_cap((u * s) @ vh, 2.0)
+    torch.testing.assert_close(capped, (u * s.clamp(max=2.0)) @ vh, atol=1e-5, rtol=0)
