@@ -74,6 +74,7 @@ class Progress(Callback):
             "step_seconds": (model_seconds + optimizer_seconds) / steps,
             "optimizer_share": optimizer_seconds / (model_seconds + optimizer_seconds),
             "matrices_orthogonalized": run.optimizer.plan.orthogonalized,
+            "solver_fallbacks": run.optimizer.readings.fallbacks(),
             "optimizer_bytes_sent": run.optimizer.exchange.bytes_sent,
             "flops_per_second": rate * run.model.flops_per_token(),
         }

@@ -13,6 +13,7 @@ from geon.configs.schema import Config, Mode
 from geon.engine import build, checkpoint, runfolder
 from geon.engine.callbacks import Checkpointer, Evaluator, Progress, Spectrum, write_json
 from geon.engine.evaluate import val_windows
+from geon.engine.geometry import Geometry, RecordPairs
 from geon.engine.loggers import check_loggers, open_loggers
 from geon.engine.parallel import Parallel, shard_ranks, start
 from geon.engine.report import Report
@@ -69,6 +70,10 @@ def _callbacks(config: Config) -> list[Callback]:
     ]
     if config.logger.spectrum_every:
         callbacks.insert(1, Spectrum(config.logger.spectrum_every))
+    if config.logger.geometry_every:
+        callbacks.insert(1, Geometry(config.logger.geometry_every))
+    if config.optim.record_pairs:
+        callbacks.append(RecordPairs(config.optim.record_pairs))
     return callbacks
 
 

@@ -34,6 +34,9 @@ class Readings:
         for name, values in rule.solver.inspect(update, weight, solution.direction).items():
             self._looking[name].append(values.flatten())
         self._looking["residual"].append(rule.manifold.residual(weight).flatten())
+        singular = _singular_values(weight)
+        self._looking["spectrum"].append(singular.amax(dim=-1).flatten())
+        self._looking["spectrum_min"].append(singular.amin(dim=-1).flatten())
 
     def close(self) -> None:
         """End of a step: keep what was seen, and look away."""
@@ -50,11 +53,23 @@ class Readings:
         """Worst and median of each reading over the matrices of the last inspected step.
 
         Names: gap (shortfall from the certified optimum), tangency, norm (of the direction),
-        residual (of the weight); with "_median" the median.
+        residual (of the weight), spectrum (singular values of the weight where RMS -> RMS norm 1
+        is 1); the largest of each and the median, the smallest where the name says so.
         """
         found: dict[str, float] = {}
         for name, values in self._looked.items():
             joined = torch.cat([v.double().cpu() for v in values])
-            found[name] = float(joined.max())
-            found[f"{name}_median"] = float(joined.median())
+            if name.endswith("_min"):
+                found[name] = float(joined.min())
+            else:
+                found[f"{name}_max"] = float(joined.max())
+                found[f"{name}_median"] = float(joined.median())
         return found
+
+
+def _singular_values(weight: Tensor) -> Tensor:
+    """In units of sqrt(d_out/d_in); by the Gram of the short side, in float64."""
+    w = weight.double()
+    gram = w.mT @ w if w.shape[-2] >= w.shape[-1] else w @ w.mT
+    squares = torch.linalg.eigvalsh(gram).clamp_min(0.0) * (w.shape[-1] / w.shape[-2])
+    return squares.sqrt()

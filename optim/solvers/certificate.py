@@ -32,7 +32,7 @@ class Dual:
 
 
 def root_and_lyapunov(dual: Dual, singular: Tensor, v: Tensor) -> Tensor:
-    """s = sym(ZQ) for ZQ + QZ = 2K, Q = V diag(singular) V^T: one step of least squares."""
+    """S = sym(ZQ) for ZQ + QZ = 2K, Q = V diag(singular) V^T: one step of least squares."""
     k = v.mT @ dual.k @ v
     total = singular.unsqueeze(-1) + singular.unsqueeze(-2)
     # With Z = 2K / total in the eigenbasis, sym(ZQ) = (ZQ - QZ) / 2.

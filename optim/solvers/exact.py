@@ -82,9 +82,7 @@ def _evaluate(problem: Dual, s: Tensor, mu: float) -> _Point:
     """Bounds at s, and the minimiser of the majorant there."""
     singular, v = problem.spectrum(s)
     q = (singular**2 + mu * mu).sqrt()
-    a = tangent_unit(
-        problem.u, (problem.u @ (problem.k + s) + problem.across) @ (v / q) @ v.mT
-    )
+    a = tangent_unit(problem.u, (problem.u @ (problem.k + s) + problem.across) @ (v / q) @ v.mT)
     a = a / max(1.0, torch.linalg.matrix_norm(a, 2).item())
     return _Point(
         direction=a,

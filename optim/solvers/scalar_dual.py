@@ -39,10 +39,8 @@ def scalar_dual(
     Cost: `evaluations` polar factors.
     """
     theta, objective = unit_frobenius(theta), unit_frobenius(grad)
-    # Only the part orthogonal to Theta counts; taken twice, as of a gradient nearly along Theta
-    # the first time leaves rounding noise.
-    for _ in range(2):
-        objective = unit_frobenius(objective - _inner(theta, objective) * theta)
+    # Only the part orthogonal to Theta counts; without the rest, lam = 0 is near the minimiser.
+    objective = unit_frobenius(objective - _inner(theta, objective) * theta)
     lam = torch.zeros_like(objective[..., :1, :1])
     step = torch.zeros_like(lam)
     low = high = _End(lam, lam, lam, torch.zeros_like(objective), torch.zeros_like(lam).bool())

@@ -35,10 +35,8 @@ def row_tangent_normalised(grad: Tensor, weight: Tensor, dim: int = -1) -> Tenso
 
     Returns: A with vectors of 2-norm 1.
     """
-    vectors = unit_max(grad, dim)
-    for _ in range(2):  # twice is enough, see above
-        vectors = remove_along(vectors, weight, dim)
-    return unit_frobenius(vectors, dim)
+    once = remove_along(grad, weight, dim)
+    return unit_frobenius(remove_along(once, weight, dim), dim)  # twice is enough, see above
 
 
 def tangent_sign(grad: Tensor, weight: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:

@@ -236,6 +236,26 @@ def test_scalar_dual_with_the_weight_in_the_gradient_is_the_same():
     torch.testing.assert_close(plain, radial, atol=1e-5, rtol=0)
 
 
+def test_scalar_dual_of_a_float32_gradient_that_is_nearly_all_weight():
+    theta, rest = theta_of("weight", (24, 16)).float(), gauss((24, 16)).float()
+    grad = 1e3 * theta + rest
+    a = scalar_dual(grad, theta, Polar(steps=12)).double()
+    assert (a * theta).sum().abs() / theta.norm() / a.norm() < 1e-6
+    best = least_dual(rest.double(), theta.double())
+    assert (rest * a).sum().item() / max(1, spectral(a)) / best > 0.999
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+def test_scalar_dual_is_feasible_wherever_the_search_stops(evaluations):
+    for make in (gauss, spike, low_rank):
+        theta = theta_of("stiefel", (24, 24))
+        lengths = torch.linspace(0.1, 10, 24, dtype=torch.float64).square()
+        for grad in (make((24, 24)), theta * lengths):  # the second has no bracket yet
+            a = scalar_dual(grad, theta, polar_svd, evaluations)
+            assert (a * theta).sum().abs() / theta.norm() < 1e-12
+            assert 0 < spectral(a) <= 1 + 1e-9
+
+
 @pytest.mark.parametrize("steps", [6, 12])
 def test_scalar_dual_with_polynomials_in_float32(steps):
     theta, grad = theta_of("weight", (48, 32)), spike((48, 32))

@@ -107,7 +107,7 @@ def test_the_interval_in_the_source_of_keller():
 
 
 def test_the_accuracies_in_the_source_of_polar_express():
-    assert steps_for(1e-2, 1e-3, POLAR_EXPRESS) == 6
+    assert steps_for(6e-3, 1e-3, POLAR_EXPRESS) == 6
     assert steps_for(1e-6, 1e-3, POLAR_EXPRESS) == 7
 
 

@@ -1,0 +1,74 @@
+"""Callbacks that look at the geometry of a run: directions, certificates, recorded pairs."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geon.engine.trainer import Callback, Trainer
+from geon.optim import Role, Rule
+
+PAIRS = "pairs.pt"
+
+
+class Geometry(Callback):
+    """Inspects the directions of a step every so often: certified gap, tangency, residual.
+
+    Cost: on the steps it looks at, some eigendecompositions per matrix in float64.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def before_update(self, trainer: Trainer) -> None:
+        """Ask for readings of the coming step."""
+        if (trainer.step + 1) % self.every == 0:
+            trainer.run.optimizer.readings.wanted = True
+
+    def on_step(self, trainer: Trainer) -> None:
+        """Log them."""
+        if trainer.step % self.every == 0 and trainer.run.parallel.env.main:
+            found = trainer.run.optimizer.readings.summary()
+            if found:
+                trainer.log("geometry", dict(found))
+
+
+class RecordPairs(Callback):
+    """Saves (step, weight, averaged gradient) of every hidden matrix at the given steps.
+
+    The file is what scripts/bench_solver.py reads: {name: [(step, W, momentum), ...]}, whole
+    matrices as stored, the momentum as the direction is taken of it.
+    """
+
+    def __init__(self, steps: Collection[int]) -> None:
+        self.steps = frozenset(steps)
+        self._pairs: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+
+    @torch.no_grad()
+    def before_update(self, trainer: Trainer) -> None:
+        """Record the coming step, on every rank, and save on the main one."""
+        step = trainer.step + 1
+        if step not in self.steps:
+            return
+        run = trainer.run
+        params = dict(run.model.named_parameters())
+        for info in run.routing.infos:
+            rule, param = run.routing.rule(info), params[info.name]
+            if info.role is not Role.HIDDEN or not isinstance(rule, Rule) or param.grad is None:
+                continue
+            buffer = _whole(run.optimizer.state[param]["momentum"])
+            update = rule.average(_whole(param.grad).to(buffer), buffer)
+            weight = _whole(param)
+            for start, stop in info.parts:
+                name = info.name if len(info.parts) == 1 else f"{info.name}[{start}:{stop}]"
+                pair = (step, weight[start:stop].cpu(), update[start:stop].cpu())
+                self._pairs.setdefault(name, []).append(pair)
+        if run.parallel.env.main:
+            torch.save(self._pairs, trainer.folder / PAIRS)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A copy of the whole tensor; gathers a sharded one, so every rank must call."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().clone()
