@@ -119,6 +119,9 @@ class RuleConfig:
     """NorMuon: fraction kept of the mean square of each row of the direction; 0 does nothing."""
     spectral_scale: str = "rms"
     """Factor on the polar factor: rms sqrt(d_out/d_in), muon sqrt(max(1, d_out/d_in)), none."""
+    per_head: bool = False
+    """Step each attention head's block of q, k, v and the output projection as a matrix of its own,
+    at the scale of the whole matrix; parameters without heads are stepped whole."""
     init: Init = Init.model
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW only."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,12 +25,15 @@ from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
 from geon.optim import (
     AdamW,
+    Block,
     Group,
     HybridOptimizer,
     ParamInfo,
     Role,
     Route,
     Rule,
+    block_scale,
+    check_per_head,
     matrices_of,
     route,
     table,
@@ -61,6 +64,10 @@ class Routing:
         """Rule of a parameter."""
         return self.rules[self.assigned[info.name]]
 
+    def blocks(self, info: ParamInfo) -> tuple[Block, ...]:
+        """The matrices that its rule steps in a parameter."""
+        return info.blocks(self.configs[self.assigned[info.name]].per_head)
+
     def members(self, route: str) -> list[ParamInfo]:
         """Parameters of a route, in the order of the model."""
         return [info for info in self.infos if self.assigned[info.name] == route]
@@ -71,7 +78,8 @@ class Routing:
             name: f"lr {self.configs[name].lr:g}, {rule.describe()}"
             for name, rule in self.rules.items()
         }
-        return table(self.infos, self.assigned, described)
+        per_head = [name for name, config in self.configs.items() if config.per_head]
+        return table(self.infos, self.assigned, described, per_head)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Plain containers, for JSON."""
@@ -81,6 +89,7 @@ class Routing:
                 "shape": list(info.shape),
                 "role": str(info.role),
                 "splits": list(info.splits),
+                "matrices": len(self.blocks(info)),
                 "route": self.assigned[info.name],
                 "rule": self.rule(info).describe(),
                 "lr": self.configs[self.assigned[info.name]].lr,
@@ -122,7 +131,8 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
     """Assign every parameter of a model to a rule.
 
     Raises:
-        UsageError: an unknown norm or manifold, a pair without a solver, a parameter no rule takes.
+        UsageError: an unknown norm or manifold, a pair without a solver, a parameter no rule takes,
+            heads for AdamW.
     """
     infos = model.roles()
     routes = [Route(name, pattern=o.pattern) for name, o in config.overrides.items()]
@@ -135,6 +145,8 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
     used = {name: configs[name] for name in configs if name in assigned.values()}
     ladder = make_ladder(config.solver)
     rules = {n: make_rule(c, config.polar, ladder, f"optim.{n}") for n, c in used.items()}
+    for name, rule in rules.items():
+        check_per_head(rule, used[name].per_head, f"optim.{name}")
     return Routing(infos, assigned, rules, used)
 
 
@@ -179,22 +191,33 @@ def initialise(model: LanguageModel, routing: Routing, seed: int) -> None:
         rule, config = routing.rule(info), routing.configs[routing.assigned[info.name]]
         whole = model.initial(info, generator)
         if isinstance(rule, Rule):
-            whole = _prepare(whole, info, rule, config.init, generator)
+            whole = _prepare(whole, info, routing.blocks(info), rule, config.init, generator)
         _keep_own(info, params[info.name], whole)
 
 
 def _prepare(
-    whole: Tensor, info: ParamInfo, rule: Rule, init: Init, generator: Generator
+    whole: Tensor,
+    info: ParamInfo,
+    blocks: Sequence[Block],
+    rule: Rule,
+    init: Init,
+    generator: Generator,
 ) -> Tensor:
-    parts = [whole.view(info.matrix_shape)[start:stop] for start, stop in info.parts]
-    if init is Init.boundary and bool(whole.any()):
-        parts = [rule.norm.init((len(p), p.shape[1]), generator) * rule.radius for p in parts]
-    if rule.manifold.constrains:
-        try:
-            parts = [rule.manifold.project(p) for p in parts]
-        except ValueError as error:
-            raise UsageError(f"parameter '{info.name}': {error}") from None
-    return torch.cat(parts).view(info.shape)
+    """Bring each block of an initial weight to its rule's sphere or manifold, at its scale."""
+    drawn, prepared = whole.view(info.matrix_shape), torch.empty(info.matrix_shape)
+    anew = init is Init.boundary and bool(whole.any())
+    try:
+        for block in blocks:
+            scale = block_scale(rule, block)
+            unit = drawn[block.slices] / scale
+            if anew:
+                unit = rule.norm.init(block.shape, generator) * rule.radius
+            if rule.manifold.constrains:
+                unit = rule.manifold.project(unit)
+            prepared[block.slices] = unit * scale
+    except ValueError as error:
+        raise UsageError(f"parameter '{info.name}': {error}") from None
+    return prepared.view(info.shape)
 
 
 @torch.no_grad()
@@ -220,6 +243,7 @@ def make_optimizer(model: LanguageModel, routing: Routing, config: Config) -> Hy
             rule,
             routing.configs[name].lr,
             [(info, params[info.name]) for info in routing.members(name)],
+            routing.configs[name].per_head,
         )
         for name, rule in routing.rules.items()
     ]
@@ -236,7 +260,8 @@ def plan_ahead(config: Config, routing: Routing, world: int) -> Plan:
         for info in routing.members(name):
             layout = planned_layout(info.shape, config.parallel, world)
             group = "shard" if layout.ranks > 1 else ""
-            matrices += matrices_of(info, name, rule, layout, group)
+            per_head = routing.configs[name].per_head
+            matrices += matrices_of(info, name, rule, layout, group, per_head)
     return make_plan(matrices, config.shard.max_buffer_mb)
 
 

@@ -15,7 +15,7 @@ from geon.engine.build import fingerprint
 from geon.engine.evaluate import Evaluation, evaluate
 from geon.engine.metrics import peak_flops
 from geon.engine.trainer import Callback, Trainer
-from geon.optim import Role, Rule
+from geon.optim import Role, Rule, block_scale
 
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -219,12 +219,13 @@ class Spectrum(Callback):
             if not run.parallel.env.main:
                 continue
             rule = run.routing.rule(info)
-            for start, stop in info.parts:
-                part = whole[start:stop].float()
-                scale = (part.shape[1] / part.shape[0]) ** 0.5
-                values.append(torch.linalg.svdvals(part).cpu() * scale)
+            for block in run.routing.blocks(info):
+                matrix = whole[block.slices].float()
+                one = (block.whole[0] / block.whole[1]) ** 0.5
+                values.append(torch.linalg.svdvals(matrix).cpu() / one)
                 if isinstance(rule, Rule):
-                    residuals.append(rule.manifold.residual(part).cpu())
+                    unit = matrix / block_scale(rule, block)
+                    residuals.append(rule.manifold.residual(unit).cpu())
         if values:
             points = torch.tensor(QUANTILES)
             trainer.log(

@@ -121,11 +121,16 @@ class LanguageModel(nn.Module, ABC):
         return block(*args)
 
 
-def declare(model: nn.Module, roles: dict[str, Role], splits: dict[str, tuple[int, ...]]):
+def declare(
+    model: nn.Module,
+    roles: dict[str, Role],
+    splits: dict[str, tuple[int, ...]],
+    heads: dict[str, tuple[int, int]],
+) -> list[ParamInfo]:
     """Build the ParamInfo list from the last two parts of each name.
 
     roles maps "module.leaf" endings such as "embed.weight" or a bare leaf such as "bias";
-    the longer ending wins. splits maps the same endings to fused rows.
+    the longer ending wins. splits maps the same endings to fused rows, heads to (count, axis).
     """
     infos = []
     for name, param in model.named_parameters():
@@ -134,7 +139,8 @@ def declare(model: nn.Module, roles: dict[str, Role], splits: dict[str, tuple[in
         role = roles.get(ending, roles.get(leaf))
         if role is None:
             raise ValueError(f"{type(model).__name__} declares no role for its parameter '{name}'")
-        infos.append(ParamInfo(name, tuple(param.shape), role, splits.get(ending, ())))
+        shape, fused = tuple(param.shape), splits.get(ending, ())
+        infos.append(ParamInfo(name, shape, role, fused, *heads.get(ending, ())))
     return infos
 
 

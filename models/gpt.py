@@ -6,7 +6,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from geon.models.base import LanguageModel, ModelShape, declare, normal
-from geon.models.layers import Projections, attend, relu_squared, rms_norm, rotary_table, rotate
+from geon.models.layers import (
+    Projections,
+    attend,
+    head_axes,
+    relu_squared,
+    rms_norm,
+    rotary_table,
+    rotate,
+)
 from geon.optim.roles import ParamInfo, Role
 
 
@@ -75,6 +83,7 @@ class GPT(LanguageModel):
             self,
             {"embed.weight": Role.EMBEDDING, "head.weight": Role.HEAD, "weight": Role.HIDDEN},
             {"qkv.weight": (d, d, d)},
+            head_axes(self.shape.n_head),
         )
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from geon.errors import UsageError
 from geon.models.base import LanguageModel, ModelShape, declare, normal
-from geon.models.layers import Projections, attend
+from geon.models.layers import Projections, attend, head_axes
 from geon.optim.roles import ParamInfo, Role
 
 
@@ -76,6 +76,7 @@ class GPT2(LanguageModel):
                 "weight": Role.HIDDEN,
             },
             {"qkv.weight": (d, d, d)},
+            head_axes(self.shape.n_head),
         )
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:

@@ -75,6 +75,15 @@ class Projections(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
 
+def head_axes(n_head: int) -> dict[str, tuple[int, int]]:
+    """Heads of each attention weight by the ending of its name: (count, axis that they share).
+
+    Heads own rows of q, k and v (of each, when fused) and columns of the output projection.
+    """
+    names = ("q.weight", "k.weight", "v.weight", "qkv.weight")
+    return {**dict.fromkeys(names, (n_head, 0)), "proj_out.weight": (n_head, 1)}
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of (B, T, H, K) by PyTorch's SDPA; returns (B, T, H K)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

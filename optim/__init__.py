@@ -1,11 +1,11 @@
 """Optimizers that know the geometry of each weight. Importing this costs torch alone."""
 
 from geon.optim.adamw import AdamW
-from geon.optim.hybrid import Group, HybridOptimizer, matrices_of
+from geon.optim.hybrid import Group, HybridOptimizer, block_scale, check_per_head, matrices_of
 from geon.optim.manifolds import MANIFOLDS, Euclidean, Manifold, Stiefel
 from geon.optim.norms import NORMS, Norm, Sign, Spectral
 from geon.optim.polar import Polar, Precision, polar, polar_svd
-from geon.optim.roles import ParamInfo, Role
+from geon.optim.roles import Block, ParamInfo, Role
 from geon.optim.router import Route, classify, route, table
 from geon.optim.rule import Rule
 from geon.optim.solvers import Ladder, certify, steepest
@@ -14,6 +14,7 @@ __all__ = [
     "MANIFOLDS",
     "NORMS",
     "AdamW",
+    "Block",
     "Euclidean",
     "Group",
     "HybridOptimizer",
@@ -29,7 +30,9 @@ __all__ = [
     "Sign",
     "Spectral",
     "Stiefel",
+    "block_scale",
     "certify",
+    "check_per_head",
     "classify",
     "matrices_of",
     "polar",

@@ -1,5 +1,6 @@
 """One torch optimizer whose param groups each carry their rule."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from geon.errors import UsageError
 from geon.optim.adamw import AdamW
 from geon.optim.polar import ieee_products
 from geon.optim.readings import Readings
-from geon.optim.roles import ParamInfo
+from geon.optim.roles import Block, ParamInfo
 from geon.optim.router import check_partition
 from geon.optim.rule import Rule
-from geon.optim.shard import Exchange, Layout, Matrix, Plan, locate, make_plan
+from geon.optim.shard import Exchange, Layout, Matrix, Plan, Region, locate, make_plan
 
 # Momenta, gathered weights and directions are fp32 whatever the weights are: bf16 cannot hold a
 # manifold better than 4e-3, and loses most of a small step to rounding.
@@ -23,12 +25,24 @@ _WIRE = torch.float32
 
 @dataclass
 class Group:
-    """A route's parameters with their rule and peak learning rate."""
+    """A route's parameters with their rule and peak learning rate.
+
+    per_head: step each attention head's block as a matrix of its own; parameters without heads are
+    stepped whole.
+    """
 
     name: str
     rule: Rule | AdamW
     lr: float
     params: list[tuple[ParamInfo, nn.Parameter]]
+    per_head: bool = False
+
+    def __post_init__(self) -> None:
+        check_per_head(self.rule, self.per_head, f"group '{self.name}'")
+
+    def describe(self) -> str:
+        """One line for tables."""
+        return self.rule.describe() + (", per head" if self.per_head else "")
 
 
 class HybridOptimizer(torch.optim.Optimizer):
@@ -51,6 +65,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         max_buffer_mb: float = 64.0,
     ) -> None:
         self.rules = {g.name: g.rule for g in groups}
+        self._per_head = {g.name: g.per_head for g in groups}
         self._infos = {info.name: info for g in groups for info, _ in g.params}
         super().__init__(
             [
@@ -58,7 +73,7 @@ class HybridOptimizer(torch.optim.Optimizer):
                     "params": [p for _, p in g.params],
                     "names": [info.name for info, _ in g.params],
                     "name": g.name,
-                    "rule": g.rule.describe(),
+                    "rule": g.describe(),
                     "lr": g.lr,
                     "peak_lr": g.lr,
                 }
@@ -73,15 +88,19 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._exchange = self._make_exchange(max_buffer_mb)
         for group in self.param_groups:
             rule = self.rules[group["name"]]
-            for param in group["params"]:
+            for name, param in zip(group["names"], group["params"], strict=True):
                 if isinstance(rule, AdamW):
                     self.state[param] = rule.new_state(param)
                 else:
                     self.state[param] = {"momentum": torch.zeros_like(param, dtype=_WIRE)}
                     if rule.second_moment:
-                        # One number a row, whole on every rank whatever the layout.
-                        rows = torch.zeros(param.shape[0], dtype=_WIRE, device=param.device)
-                        self.state[param]["second_moment"] = rows
+                        # One number a row, whole on every rank whatever the layout; heads that own
+                        # columns have a row each of these.
+                        blocks = self._infos[name].blocks(self._per_head[group["name"]])
+                        columns, rows = len({block.cols for block in blocks}), param.shape[0]
+                        shape = (rows,) if columns == 1 else (columns, rows)
+                        second = torch.zeros(shape, dtype=_WIRE, device=param.device)
+                        self.state[param]["second_moment"] = second
 
     @property
     def plan(self) -> Plan:
@@ -121,7 +140,8 @@ class HybridOptimizer(torch.optim.Optimizer):
             for name, param in zip(group["names"], group["params"], strict=True):
                 layout, key, process_group = locate(name, param)
                 groups[key] = process_group
-                matrices += matrices_of(self._infos[name], group["name"], rule, layout, key)
+                info, per_head = self._infos[name], self._per_head[group["name"]]
+                matrices += matrices_of(info, group["name"], rule, layout, key, per_head)
         return Exchange(make_plan(matrices, max_buffer_mb), groups)
 
     @torch.no_grad()
@@ -168,8 +188,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         ranks = {m.param: self._exchange.rank_in(m.group) for m, _ in self.plan.matrices}
 
         def piece(matrix: Matrix, tensor: Tensor) -> Tensor:
-            start, stop = matrix.local_rows(ranks[matrix.param])
-            return (tensor if tensor.dim() == 2 else tensor.view(1, -1))[start:stop]
+            place = matrix.local(ranks[matrix.param])
+            return (tensor if tensor.dim() == 2 else tensor.view(1, -1))[place.slices]
 
         def operands(matrix: Matrix) -> tuple[Tensor, ...]:
             update = piece(matrix, updates[matrix.param])
@@ -178,20 +198,30 @@ class HybridOptimizer(torch.optim.Optimizer):
             return update, piece(matrix, _local(self._params[matrix.param])).to(_WIRE)
 
         def compute(matrix: Matrix, tensors: tuple[Tensor, ...]) -> Tensor:
-            rule = self._rule(matrix)
+            # A rule reads the size of a matrix off its shape, but a head's block has the size that
+            # it has in the whole matrix (block_scale). So the rule steps it in units of its scale:
+            # a step alone is multiplied by it; a weight is divided by it before, and multiplied
+            # after. This is the only place of a step that knows of scales.
+            rule, scale = self._rule(matrix), matrix.scale
             if matrix.operands == 1:
-                return rule.solve(tensors[0], None, matrix.shape).direction
+                direction = rule.solve(tensors[0], None, matrix.shape).direction
+                return direction if scale == 1.0 else direction * scale
             update, weight = tensors
-            solution = rule.solve(update, weight)
-            self.readings.take(rule, update, weight, solution)
-            return rule.move(weight, solution.direction, lrs[matrix.rule])
+            unit = weight if scale == 1.0 else weight / scale
+            solution = rule.solve(update, unit)
+            self.readings.take(rule, update, unit, solution)
+            moved = rule.move(unit, solution.direction, lrs[matrix.rule])
+            # Back and forth would round a weight that did not move.
+            return moved if scale == 1.0 else weight.where(moved == unit, moved * scale)
 
         def finish(matrix: Matrix, result: Tensor) -> Tensor:
             rule = self._rule(matrix)
             if not rule.second_moment or lrs[matrix.rule] == 0.0:
                 return result
-            rows = self.state[self._params[matrix.param]]["second_moment"]
-            return rule.divide_rows(result, rows[slice(*matrix.rows)])
+            second = self.state[self._params[matrix.param]]["second_moment"]
+            if second.dim() == 2:
+                second = second[matrix.box.cols[0] // matrix.shape[1]]
+            return rule.divide_rows(result, second[slice(*matrix.box.rows)])
 
         def write(matrix: Matrix, result: Tensor) -> None:
             lr = lrs[matrix.rule]
@@ -244,24 +274,66 @@ class HybridOptimizer(torch.optim.Optimizer):
         return float(norm)
 
 
-def matrices_of(info: ParamInfo, name: str, rule: Rule, layout: Layout, group: str) -> list[Matrix]:
-    """Matrices that a rule steps in one parameter: itself, or its fused parts."""
-    operands = 2 if rule.needs_weight else 1
-    return [
-        Matrix(
-            param=info.name,
-            rows=rows,
-            layout=layout,
-            group=group,
-            rule=name,
-            reach=rule.reach,
-            operands=operands,
-            element_bytes=_WIRE.itemsize,
-            flops=rule.flops((rows[1] - rows[0], layout.shape[1])),
-            orthogonalizes=rule.orthogonalizes,
+def check_per_head(rule: Rule | AdamW, per_head: bool, where: str) -> None:
+    """Refuse blocks for a rule that has no matrices.
+
+    Raises:
+        UsageError: names the place.
+    """
+    if per_head and isinstance(rule, AdamW):
+        raise UsageError(
+            f"{where}: per_head cuts matrices into heads, but rule=adamw steps entries: "
+            "set per_head=false, or rule=steepest"
         )
-        for rows in info.parts
-    ]
+
+
+def block_scale(rule: Rule, block: Block) -> float:
+    """Size of a block over the size that its rule gives to a matrix of its shape.
+
+    A head's block keeps the size it has in the whole matrix, so that a whole orthogonal matrix is
+    also a point whose heads are each on the Stiefel manifold. 1 for what is not a head's block.
+
+    Raises:
+        ValueError: the manifold has no point of this shape.
+    """
+    if block.shape == block.whole:
+        return 1.0
+    return _typical_singular_value(rule, block.whole) / _typical_singular_value(rule, block.shape)
+
+
+def _typical_singular_value(rule: Rule, shape: tuple[int, int]) -> float:
+    """Root mean square, of a point of the manifold; in Euclidean space of a full direction.
+
+    sqrt(d_out/d_in) and the radius for Stiefel and the spectral norm.
+    """
+    if rule.manifold.constrains:
+        return rule.manifold.length(shape) / math.sqrt(min(shape))
+    return rule.norm.extent(shape) / math.sqrt(min(shape))
+
+
+def matrices_of(
+    info: ParamInfo, name: str, rule: Rule, layout: Layout, group: str, per_head: bool = False
+) -> list[Matrix]:
+    """Matrices that a rule steps in one parameter: itself, its fused parts, or heads' blocks."""
+    try:
+        return [
+            Matrix(
+                param=info.name,
+                box=Region(block.rows, block.cols),
+                layout=layout,
+                group=group,
+                rule=name,
+                reach=rule.reach,
+                operands=2 if rule.needs_weight else 1,
+                element_bytes=_WIRE.itemsize,
+                flops=rule.flops(block.shape),
+                orthogonalizes=rule.orthogonalizes,
+                scale=block_scale(rule, block),
+            )
+            for block in info.blocks(per_head)
+        ]
+    except ValueError as error:
+        raise UsageError(f"parameter '{info.name}': {error}") from None
 
 
 def _local(tensor: Tensor) -> Tensor:

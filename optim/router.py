@@ -1,6 +1,6 @@
 """Every parameter to exactly one route, in order, by role and name; refused when unsure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -129,19 +129,30 @@ def _role_of(module: nn.Module, owner: str, leaf: str, shape: tuple[int, ...]) -
     return None
 
 
-def table(infos: Sequence[ParamInfo], assigned: Mapping[str, str], rules: Mapping[str, str]) -> str:
-    """Format the role/route table: one line per (route, role, shape), with counts."""
+def table(
+    infos: Sequence[ParamInfo],
+    assigned: Mapping[str, str],
+    rules: Mapping[str, str],
+    per_head: Collection[str] = (),
+) -> str:
+    """Format the role/route table: one line per (route, role, shape), with counts.
+
+    per_head: routes that step heads one by one.
+    """
     rows: dict[tuple[str, str, str], list[ParamInfo]] = {}
     for info in infos:
         shape = " x ".join(map(str, info.shape)) or "scalar"
-        if info.splits:
-            shape += f" ({len(info.splits)} fused)"
+        marks = [f"{len(info.splits)} fused"] if info.splits else []
+        if info.heads and assigned[info.name] in per_head:
+            marks.append(f"{info.heads} heads")
+        if marks:
+            shape += f" ({', '.join(marks)})"
         rows.setdefault((assigned[info.name], info.role, shape), []).append(info)
-    lines = [f"{'route':<10} {'role':<10} {'shape':<24} {'count':>5} {'params':>13}  rule; example"]
+    lines = [f"{'route':<10} {'role':<10} {'shape':<31} {'count':>5} {'params':>13}  rule; example"]
     for (taker, role, shape), members in rows.items():
         total = sum(m.numel for m in members)
         lines.append(
-            f"{taker:<10} {role:<10} {shape:<24} {len(members):>5} {total:>13,}  "
+            f"{taker:<10} {role:<10} {shape:<31} {len(members):>5} {total:>13,}  "
             f"{rules[taker]}; {members[0].name}"
         )
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from torch import Generator, Tensor
 
 from geon.optim.manifolds.base import Manifold, check_radius, gaussian
 from geon.optim.polar import polar_svd
+from geon.optim.polar.iterate import multiply_add
 
 # One cubic step turns an error delta of W^T W - I into (3/4) delta^2, and a tangent step of angle
 # eta leaves delta <= (4/3) eta^2. Up to 0.05 rad one step ends below 1e-5; above, take two.
@@ -60,7 +61,7 @@ class Stiefel(Manifold):
         """
         u = self.unit(weight)
         for _ in range(2 if angle > TWO_STEPS_ABOVE else 1):
-            u = 1.5 * u - 0.5 * (u @ (u.mT @ u))
+            u = multiply_add(1.5, u, -0.5, u, u.mT @ u)
         return orient_like(u * self.scale(weight.shape), weight)
 
     def flops(self, shape: tuple[int, int]) -> int:

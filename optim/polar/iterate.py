@@ -58,13 +58,36 @@ def polar(
     x = x if precision is None else precision.cast(x)
     for a, b, c in coefficients.steps(steps):
         gram = product(x.mT, x, precision)
-        x = a * x + product(x, even_part(gram, b, c, precision), precision)
+        x = multiply_add(a, x, 1.0, x, even_part(gram, b, c, precision), precision)
     return (x.mT if wide else x).to(matrix.dtype)
 
 
 def even_part(gram: Tensor, b: float, c: float, precision: Precision | None = None) -> Tensor:
     """Return b G + c G^2; a cubic step (c = 0) has no square to pay for."""
-    return b * gram + c * product(gram, gram, precision) if c else b * gram
+    return multiply_add(b, gram, c, gram, gram, precision) if c else b * gram
+
+
+def multiply_add(
+    beta: float,
+    base: Tensor,
+    alpha: float,
+    a: Tensor,
+    b: Tensor,
+    precision: Precision | None = None,
+) -> Tensor:
+    """Return beta * base + alpha * a @ b, in one kernel.
+
+    Rounds once, where the separate operations round three times: in bf16 this halves the error of
+    a polar factor. All operands have the same leading dimensions.
+    """
+    if precision is Precision.BF16X3:
+        return beta * base + alpha * product(a, b, precision)
+    if precision is not None:
+        base, a, b = precision.cast(base), precision.cast(a), precision.cast(b)
+    if base.ndim == 2:
+        return torch.addmm(base, a, b, beta=beta, alpha=alpha)
+    flat = (x.reshape(-1, *x.shape[-2:]) for x in (base, a, b))
+    return torch.baddbmm(*flat, beta=beta, alpha=alpha).view(base.shape)
 
 
 @dataclass(frozen=True)

@@ -110,19 +110,22 @@ class Exchange:
         """Step every matrix of the plan.
 
         operands: local pieces (own region) of the tensors a matrix's step needs.
-        compute: the step on whole matrices, stacked over equal shapes and rules.
+        compute: the step on whole matrices, stacked over equal shapes, scales and rules.
         finish: what is done to one whole result, e.g. with state that each matrix has of its own.
         write: takes the own region of the result.
         """
         for bucket in self.plan.buckets:
             rank = self._ranks[bucket.group]
-            pieces = [operands(m) for m in bucket.matrices]
             local = bucket.transport is Transport.LOCAL
+            # What this rank holds nothing of is stepped here only where everybody steps it.
+            members = [m for m in bucket.matrices if not local or m.region(rank).numel]
+            pieces = [operands(m) for m in members]
             whole = pieces if local else self._gather(bucket, rank, pieces)
-            results = _batched(bucket.matrices, whole, compute)
-            for matrix, result in zip(bucket.matrices, results, strict=True):
-                done = finish(matrix, result)
-                write(matrix, done if local else done[matrix.region(rank).slices])
+            results = _batched(members, whole, compute)
+            for matrix, result in zip(members, results, strict=True):
+                done, region = finish(matrix, result), matrix.region(rank)
+                if region.numel:
+                    write(matrix, done if local else done[region.slices])
 
     def _gather(self, bucket: Bucket, rank: int, pieces: Sequence[Operands]) -> list[Operands]:
         """Make every operand of a bucket whole on every rank, in one collective.
@@ -152,6 +155,8 @@ def _unpack(bucket: Bucket, received: Tensor) -> list[Operands]:
     for rank in range(bucket.ranks):
         for matrix, targets in zip(bucket.matrices, whole, strict=True):
             region = matrix.region(rank)
+            if not region.numel:
+                continue
             for target in targets:
                 piece = received[offset : offset + region.numel]
                 target[region.slices] = piece.view(region.shape)
@@ -162,10 +167,10 @@ def _unpack(bucket: Bucket, received: Tensor) -> list[Operands]:
 def _batched(
     matrices: Sequence[Matrix], operands: Sequence[Operands], compute: Compute
 ) -> list[Tensor]:
-    """Compute equal shapes of one rule in one batch; results in the order given."""
+    """Compute equal shapes and scales of one rule in one batch; results in the order given."""
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, (matrix, tensors) in enumerate(zip(matrices, operands, strict=True)):
-        alike[(matrix.rule, matrix.shape, tensors[0].shape)].append(i)
+        alike[(matrix.rule, matrix.shape, matrix.scale, tensors[0].shape)].append(i)
     results: list[Tensor | None] = [None] * len(matrices)
     for members in alike.values():
         count = matrices[members[0]].operands

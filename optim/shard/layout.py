@@ -28,18 +28,30 @@ class Region:
         """Index of the box in the whole matrix."""
         return slice(*self.rows), slice(*self.cols)
 
-    def of_part(self, part: Interval) -> "Region":
-        """What this box holds of the rows `part` of the matrix, in coordinates of the part."""
-        start = min(max(self.rows[0], part[0]), part[1])
-        stop = max(min(self.rows[1], part[1]), start)
-        return Region((start - part[0], stop - part[0]), self.cols)
+    def of_box(self, box: "Region") -> "Region":
+        """What this box holds of another, in coordinates of the other."""
+        return Region(_overlap(self.rows, box.rows), _overlap(self.cols, box.cols))
 
-    def local_rows(self, part: Interval) -> Interval:
-        """Where the rows `part` of the matrix lie in the tensor that stores this box."""
-        inside = self.of_part(part)
-        first = inside.rows[0] + part[0] - self.rows[0]
-        height = inside.rows[1] - inside.rows[0]
-        return (first, first + height) if height else (0, 0)
+    def local(self, box: "Region") -> "Region":
+        """Where what this box holds of another lies in the tensor that stores this box."""
+        held = self.of_box(box)
+        return Region(
+            _shift(held.rows, box.rows[0] - self.rows[0]),
+            _shift(held.cols, box.cols[0] - self.cols[0]),
+        )
+
+
+def _overlap(own: Interval, other: Interval) -> Interval:
+    """Intersection of two intervals, counted from the start of the other."""
+    start = min(max(own[0], other[0]), other[1])
+    stop = max(min(own[1], other[1]), start)
+    return start - other[0], stop - other[0]
+
+
+def _shift(interval: Interval, by: int) -> Interval:
+    """The interval moved; an empty one at the origin, since it lies nowhere."""
+    empty = interval[0] == interval[1]
+    return (0, 0) if empty else (interval[0] + by, interval[1] + by)
 
 
 class Layout(ABC):

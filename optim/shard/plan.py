@@ -9,10 +9,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from geon.optim.norms import Reach
-from geon.optim.shard.layout import Interval, Layout, Region
+from geon.optim.shard.layout import Layout, Region
 
 
 class Transport(StrEnum):
@@ -26,11 +27,11 @@ class Transport(StrEnum):
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix to step: a parameter, or one of the parts fused in it.
+    """One matrix to step: a parameter, one of the parts fused in it, or a head's block.
 
     Attributes:
         param: name of the parameter.
-        rows: rows of the parameter that are this matrix.
+        box: rows and columns of the parameter that are this matrix.
         layout: of the parameter, over the ranks of `group`.
         group: key of the process group that the parameter is sharded over.
         rule: name of its rule.
@@ -39,10 +40,12 @@ class Matrix:
         element_bytes: bytes of one entry on the wire.
         flops: FLOPs of the step on the whole matrix.
         orthogonalizes: whether the step takes a polar factor.
+        scale: size of this matrix over the one that its rule gives to a matrix of its shape; not 1
+            for a head's block only.
     """
 
     param: str
-    rows: Interval
+    box: Region
     layout: Layout
     group: str
     rule: str
@@ -51,25 +54,39 @@ class Matrix:
     element_bytes: int
     flops: int
     orthogonalizes: bool
+    scale: float = 1.0
 
     @property
     def name(self) -> str:
-        """Parameter name, with the rows when it is only a part of it."""
-        whole = self.rows == (0, self.layout.shape[0])
-        return self.param if whole else f"{self.param}[{self.rows[0]}:{self.rows[1]}]"
+        """Parameter name, with the rows and columns when it is only a part of it."""
+        rows, cols = (f"{start}:{stop}" for start, stop in (self.box.rows, self.box.cols))
+        if self.box.shape == self.layout.shape:
+            return self.param
+        if self.shape[1] == self.layout.shape[1]:
+            return f"{self.param}[{rows}]"
+        tall = self.shape[0] == self.layout.shape[0]
+        return f"{self.param}[{':' if tall else rows}, {cols}]"
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the whole matrix."""
-        return self.rows[1] - self.rows[0], self.layout.shape[1]
+        return self.box.shape
 
     def region(self, rank: int) -> Region:
         """What `rank` stores of this matrix, in its own coordinates."""
-        return self.layout.region(rank).of_part(self.rows)
+        return self._regions[rank]
 
-    def local_rows(self, rank: int) -> Interval:
+    def local(self, rank: int) -> Region:
         """Where that lies in the tensor that `rank` stores of the parameter."""
-        return self.layout.region(rank).local_rows(self.rows)
+        return self._locals[rank]
+
+    @cached_property
+    def _regions(self) -> tuple[Region, ...]:
+        return tuple(self.layout.region(r).of_box(self.box) for r in range(self.layout.ranks))
+
+    @cached_property
+    def _locals(self) -> tuple[Region, ...]:
+        return tuple(self.layout.region(r).local(self.box) for r in range(self.layout.ranks))
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,7 @@ class Plan:
                         "bucket": index,
                         "bytes_sent": [bucket.bytes_of(m, r) for r in range(bucket.ranks)],
                         "flops": m.flops,
+                        "scale": m.scale,
                     }
                 )
         return {"totals": self.totals(), "matrices": rows}
@@ -213,17 +231,42 @@ def make_plan(matrices: Sequence[Matrix], max_buffer_mb: float = 64.0) -> Plan:
     Buckets keep the order of the matrices, hold one transport and group each, and stay under
     `max_buffer_mb` of scratch, except that one matrix larger than the limit has a bucket alone.
     """
-    buckets: list[Bucket] = []
+    limit = max_buffer_mb * 2**20
+    filling: list[_Filling] = []
     for matrix in matrices:
-        transport = choose(matrix)
-        alone = Bucket(transport, matrix.group, matrix.layout.ranks, (matrix,))
-        for i, bucket in enumerate(buckets):
-            if (bucket.transport, bucket.group) != (transport, matrix.group):
-                continue
-            joined = Bucket(transport, matrix.group, bucket.ranks, (*bucket.matrices, matrix))
-            if joined.buffer_bytes() <= max_buffer_mb * 2**20:
-                buckets[i] = joined
-                break
+        alone = _Filling(choose(matrix), matrix)
+        taker = next((f for f in filling if f.has_room_for(alone, limit)), None)
+        if taker is None:
+            filling.append(alone)
         else:
-            buckets.append(alone)
-    return Plan(tuple(buckets))
+            taker.join(alone)
+    return Plan(tuple(f.bucket() for f in filling))
+
+
+class _Filling:
+    """A bucket while it is filled, with running sums: per-head blocks come in thousands."""
+
+    def __init__(self, transport: Transport, matrix: Matrix) -> None:
+        self.key = (transport, matrix.group)
+        self.matrices = [matrix]
+        entry = 0 if transport is Transport.LOCAL else matrix.operands * matrix.element_bytes
+        self.whole = matrix.shape[0] * matrix.shape[1] * entry
+        self.own = [matrix.region(r).numel * entry for r in range(matrix.layout.ranks)]
+
+    def has_room_for(self, other: "_Filling", limit: float) -> bool:
+        """Whether the other may join: `Bucket.buffer_bytes` of both together."""
+        if self.key != other.key:
+            return False
+        most = max(a + b for a, b in zip(self.own, other.own, strict=True))
+        return 2 * (self.whole + other.whole) + most <= limit
+
+    def join(self, other: "_Filling") -> None:
+        """Take the other's matrices."""
+        self.matrices += other.matrices
+        self.whole += other.whole
+        self.own = [a + b for a, b in zip(self.own, other.own, strict=True)]
+
+    def bucket(self) -> Bucket:
+        """What was filled."""
+        ranks = self.matrices[0].layout.ranks
+        return Bucket(*self.key, ranks, tuple(self.matrices))

@@ -1,7 +1,7 @@
 """Steepest descent for a pair (norm, manifold): `argmax <grad, A>`, A tangent, norm at most 1."""
 
 from geon.errors import UsageError
-from geon.optim.manifolds import Euclidean, Manifold, Stiefel
+from geon.optim.manifolds import Manifold, Stiefel
 from geon.optim.norms import Norm, Spectral
 from geon.optim.solvers.base import Solution, Solver
 from geon.optim.solvers.certificate import Certificate, certify
@@ -17,13 +17,12 @@ def steepest(norm: Norm, manifold: Manifold, ladder: Ladder | None = None) -> So
     Raises:
         UsageError: no solver is known for the pair.
     """
-    spectral = isinstance(norm, Spectral)
-    if spectral and not isinstance(manifold, Euclidean) and norm.scale != "rms":
+    if isinstance(norm, Spectral) and manifold.constrains and norm.scale != "rms":
         raise UsageError(
             f"manifolds are scaled by sqrt(d_out/d_in): spectral_scale must be 'rms' on "
             f"{type(manifold).__name__}, not '{norm.scale}'"
         )
-    if spectral and isinstance(manifold, Stiefel):
+    if isinstance(norm, Spectral) and isinstance(manifold, Stiefel):
         return StiefelSpectral(norm, manifold, ladder or Ladder())
     if (solver := find(norm, manifold)) is not None:
         return solver

@@ -60,7 +60,7 @@ class ClosedForm(Solver):
 
 def find(norm: Norm, manifold: Manifold) -> ClosedForm | None:
     """The solver of a pair; None when there is no closed form."""
-    on_sphere, on_oblique = isinstance(manifold, Sphere), isinstance(manifold, Oblique)
+    on_sphere = isinstance(manifold, Sphere)
 
     def made(solve: Callable[[Tensor, Tensor], Tensor], polar_factors: int = 0) -> ClosedForm:
         return ClosedForm(norm, manifold, solve, polar_factors)
@@ -83,9 +83,10 @@ def find(norm: Norm, manifold: Manifold) -> ClosedForm | None:
             return made(lambda g, w: tangent_normalised(g, w, manifold) * _root_size(g))
         case Sign() if on_sphere:
             return made(lambda g, w: tangent_sign(g, w) / g.shape[-1])
-        case Sign() if on_oblique:
-            return made(lambda g, w: tangent_sign(g, w, manifold.dim) / g.shape[-1])
-        case RowWise() if on_oblique and manifold.dim == -1:
+        case Sign() if isinstance(manifold, Oblique):
+            dim = manifold.dim
+            return made(lambda g, w: tangent_sign(g, w, dim) / g.shape[-1])
+        case RowWise() if isinstance(manifold, Oblique) and manifold.dim == -1:
             return made(lambda g, w: row_tangent_normalised(g, w) * norm.row_radius(g.shape))
     return None
 

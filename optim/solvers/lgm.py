@@ -121,18 +121,20 @@ def _along(
     k: Tensor, c: Tensor, noise: Tensor, ratio: float, refine: int, precision: Precision | None
 ) -> _Along:
     shift = (SHIFT**2 + noise) * _eye(k)
-    s, z, roots = torch.zeros_like(k), None, []
+    s, z, roots = torch.zeros_like(k), torch.zeros_like(k), []
     for step in range(refine + 1):
         m = k + s
         r = sym(product(m.mT, m, precision)) + c + shift
-        inverse = inverse_sqrt(r, ROOT_STEPS, ROOT_TABLE, precision)
-        roots.append((skew(product(m, inverse, precision)), inverse))
+        inverse = inverse_sqrt(r, ROOT_STEPS, ROOT_TABLE, precision, ridge=0.0)
+        one_shot = skew(product(m, inverse, precision))
+        roots.append((one_shot, inverse))
+        start, z = z if step else one_shot, one_shot
         if step < refine or share(ratio) < 1.0:
             q = sym(product(r, inverse, precision))
-            z = lyapunov(q, 2 * k, roots[-1][0] if z is None else z, CG_STEPS, precision)
+            z = lyapunov(q, 2 * k, start, CG_STEPS, precision)
         if step < refine:
             s = s + OVER_RELAXATION * (sym(product(z, q, precision)) - s)
-    return _Along(_contract(_mix(z, roots[-1][0], ratio)), *roots[0])
+    return _Along(_contract(_mix(z, one_shot, ratio)), *roots[0])
 
 
 def _across(
@@ -143,7 +145,7 @@ def _across(
     low, info = torch.linalg.cholesky_ex(sym(product(z, z, precision)) + (1 + JITTER) * eye)
     inner = sym(product(low.mT, product(c, low, precision), precision))
     inner = inner + (SOFT * _trace(c).clamp_min(0) / n + noise) * eye
-    root = inverse_sqrt(inner, ROOT_STEPS, ROOT_TABLE, precision)
+    root = inverse_sqrt(inner, ROOT_STEPS, ROOT_TABLE, precision, ridge=0.0)
     x = sym(product(low, product(root, low.mT, precision), precision))
     # ||A||_F^2 = ||Z||_F^2 + tr(X C X). A comparison with nan is False, so nan counts as broken.
     energy = _square(z) + (x * product(c, x, precision)).sum(dim=(-2, -1), keepdim=True)
@@ -167,13 +169,13 @@ def rectangular(u: Tensor, grad: Tensor, refine: int = 0, polar: Polar | None = 
     b = u.mT @ g
     k, across = skew(b), g - u @ b
     size = ((_square(k) + _square(across)) / n).sqrt()
-    s, z, factors = torch.zeros_like(k), None, []
+    s, z, factors = torch.zeros_like(k), torch.zeros_like(k), []
     for step in range(refine + 1):
         m = across + u @ (k + s)
         factors.append(polar(m))
         q = sym(m.mT @ factors[-1]) + SHIFT * size * _eye(k)
         one_shot = skew(u.mT @ factors[-1])
-        z = lyapunov(q, 2 * k, one_shot if z is None else z, CG_STEPS)
+        z = lyapunov(q, 2 * k, z if step else one_shot, CG_STEPS)
         if step < refine:
             s = s + OVER_RELAXATION * (sym(z @ q) - s)
     z = _contract(_mix(z, one_shot, ratio), ROUGH_MARGIN)
@@ -221,9 +223,8 @@ def share(ratio: float) -> float:
     return min(1.0, 3.0 / ratio**2)
 
 
-def _mix(z: Tensor | None, one_shot: Tensor, ratio: float) -> Tensor:
-    weight = share(ratio)
-    return one_shot if z is None or weight == 1.0 else z + weight * (one_shot - z)
+def _mix(z: Tensor, one_shot: Tensor, ratio: float) -> Tensor:
+    return z + share(ratio) * (one_shot - z)
 
 
 def _contract(z: Tensor, margin: float = 1.003) -> Tensor:

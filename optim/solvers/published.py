@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from geon.optim.manifolds.stiefel import sym
@@ -29,18 +30,18 @@ def dual_ascent(
     Returns: a direction of spectral norm about 1, tangent only as far as the ascent got: the
         defect ||U^T A + A^T U||_F / sqrt(n) is not small in general.
     Source: J. Bernstein, Thinking Machines (2025), DOI 10.64434/tml.20250926.
-    Cost: steps + 1 polar factors and 2 (steps + 1) long products.
+    Cost: `steps` polar factors and 2 `steps` long products.
     """
     polar = polar or Polar(steps=10)
     g = unit_frobenius(grad) * math.sqrt(u.shape[-1]) if normalise else grad
     multiplier = -0.5 * sym(u.mT @ g)
-    direction = polar(g + 2.0 * (u @ multiplier))
+    direction = torch.zeros_like(g)
     for step in range(steps):
-        multiplier = multiplier - rate * (1.0 - step / steps) * 2.0 * sym(u.mT @ direction)
         direction = polar(g + 2.0 * (u @ multiplier))
+        multiplier = multiplier - rate * (1.0 - step / steps) * 2.0 * sym(u.mT @ direction)
     return direction
 
 
 def dual_ascent_products(ratio: float, steps: int, polar_steps: int) -> float:
     """Products of n x n (2 n^3 FLOPs each) for aspect ratio long/short."""
-    return (steps + 1) * (polar_steps * (2 * ratio + 1) + 2 * ratio)
+    return steps * (polar_steps * (2 * ratio + 1) + 2 * ratio)

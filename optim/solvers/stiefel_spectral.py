@@ -143,7 +143,7 @@ class StiefelSpectral(Solver):
             "exact": 0.0,
             "lgm": lgm.gram_products(ratio, self.ladder.refine),
         }[self.ladder.method]
-        factors = {"oneshot": 1, "published": PUBLISHED_STEPS + 1}.get(self.ladder.method, 0)
+        factors = {"oneshot": 1, "published": PUBLISHED_STEPS}.get(self.ladder.method, 0)
         if self.ladder.method == "lgm" and rough:
             products = lgm.rectangular_products(ratio, self.ladder.refine)
             factors = 2 + self.ladder.refine
