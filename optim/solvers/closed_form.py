@@ -29,8 +29,8 @@ KNOWN = (
     "oblique, oblique_columns; rms on hypersphere, frobenius_sphere; rownorm, colnorm on oblique"
 )
 
-SCALAR_EVALUATIONS = 6
-"""Polar factors for the one dual variable of a sphere: the shortfall is 1e-3 at most."""
+SCALAR_EVALUATIONS = 4
+"""Polar factors for the one dual variable of a sphere: median shortfall 1e-6, at most 2e-2."""
 DGRAM_ROUNDS = 3
 
 
