@@ -204,20 +204,30 @@ def _prepare(
     generator: Generator,
 ) -> Tensor:
     """Bring each block of an initial weight to its rule's sphere or manifold, at its scale."""
-    drawn, prepared = whole.view(info.matrix_shape), torch.empty(info.matrix_shape)
-    anew = init is Init.boundary and bool(whole.any())
+    if init is Init.boundary and bool(whole.any()):
+        drawn = torch.empty(info.matrix_shape)
+        for block in blocks:
+            unit = rule.norm.init(block.shape, generator) * rule.radius
+            drawn[block.slices] = unit * block_scale(rule, block)
+        whole = drawn.view(info.shape)
+    return on_manifold(whole, info, rule, blocks) if rule.manifold.constrains else whole
+
+
+def on_manifold(whole: Tensor, info: ParamInfo, rule: Rule, blocks: Sequence[Block]) -> Tensor:
+    """Nearest point of the manifold of each block of a parameter, at the block's scale.
+
+    Raises:
+        UsageError: a block without a nearest point; names the parameter.
+    """
+    given = whole.view(info.matrix_shape)
+    projected = torch.empty_like(given)
     try:
         for block in blocks:
             scale = block_scale(rule, block)
-            unit = drawn[block.slices] / scale
-            if anew:
-                unit = rule.norm.init(block.shape, generator) * rule.radius
-            if rule.manifold.constrains:
-                unit = rule.manifold.project(unit)
-            prepared[block.slices] = unit * scale
+            projected[block.slices] = rule.manifold.project(given[block.slices] / scale) * scale
     except ValueError as error:
         raise UsageError(f"parameter '{info.name}': {error}") from None
-    return prepared.view(info.shape)
+    return projected.view(info.shape)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""Draw the pictures of docs/theory.md.
+r"""Draw the pictures of docs/theory.md.
 
-python -m geon.scripts.theory_plots --pairs muon=runs/muon/pairs.pt hybrid=runs/hybrid/pairs.pt \\
+python -m geon.scripts.theory_plots --pairs muon=runs/muon/pairs.pt hybrid=runs/hybrid/pairs.pt \
     --solver docs/results/solver.json --out docs
 """
 
