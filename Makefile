@@ -1,13 +1,14 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format clean
+.PHONY: help setup demo test lint types format bench-solver bench-step bench-drift clean
 
 PYTHON ?= python3
 RANKS ?= 2
 DEMO ?=
+BENCH ?=
 BIN := .venv/bin
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: .venv/dev ## create .venv with everything that tests and lint need
 
@@ -39,6 +40,15 @@ types: .venv/dev ## mypy on optim/
 format: .venv/dev ## ruff, fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-solver: .venv/run ## Manifold Muon's solvers: quality and cost; BENCH='--help' tells more
+	$(BIN)/python -m geon.scripts.bench_solver $(BENCH)
+
+bench-step: .venv/run ## seconds of a Manifold Muon step over those of a Muon step
+	$(BIN)/python -m geon.scripts.bench_step $(BENCH)
+
+bench-drift: .venv/run ## how far 10,000 noisy steps leave the manifold, about two minutes
+	$(BIN)/python -m geon.scripts.bench_step --drift 10000 --angle 0.03 $(BENCH)
 
 clean: ## remove caches, keep .venv and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typing build dist *.egg-info

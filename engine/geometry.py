@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from geon.engine.trainer import Callback, Trainer
-from geon.optim import Role, Rule
+from geon.optim import Block, ParamInfo, Role, Rule
 
 PAIRS = "pairs.pt"
 
@@ -60,12 +60,17 @@ class RecordPairs(Callback):
             buffer = _whole(run.optimizer.state[param]["momentum"])
             update = rule.average(_whole(param.grad).to(buffer), buffer)
             weight = _whole(param)
-            for start, stop in info.parts:
-                name = info.name if len(info.parts) == 1 else f"{info.name}[{start}:{stop}]"
-                pair = (step, weight[start:stop].cpu(), update[start:stop].cpu())
-                self._pairs.setdefault(name, []).append(pair)
+            for block in run.routing.blocks(info):
+                pair = (step, weight[block.slices].cpu(), update[block.slices].cpu())
+                self._pairs.setdefault(_name(info, block), []).append(pair)
         if run.parallel.env.main:
             torch.save(self._pairs, trainer.folder / PAIRS)
+
+
+def _name(info: ParamInfo, block: Block) -> str:
+    if block.shape == info.matrix_shape:
+        return info.name
+    return f"{info.name}[{block.rows[0]}:{block.rows[1]}, {block.cols[0]}:{block.cols[1]}]"
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -294,11 +294,15 @@ def block_scale(rule: Rule, block: Block) -> float:
     also a point whose heads are each on the Stiefel manifold. 1 for what is not a head's block.
 
     Raises:
-        ValueError: the manifold has no point of this shape.
+        UsageError: the manifold has no point of this shape.
     """
     if block.shape == block.whole:
         return 1.0
-    return _typical_singular_value(rule, block.whole) / _typical_singular_value(rule, block.shape)
+    try:
+        whole, own = (_typical_singular_value(rule, s) for s in (block.whole, block.shape))
+    except ValueError as error:
+        raise UsageError(f"per_head: {error}") from None
+    return whole / own
 
 
 def _typical_singular_value(rule: Rule, shape: tuple[int, int]) -> float:

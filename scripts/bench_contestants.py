@@ -23,6 +23,10 @@ from geon.scripts.bench_problems import STIEFEL, Problem
 
 ANGLE = 0.02
 """Of the retraction that is timed: one cubic step."""
+_ATEN = torch.ops.aten
+MULTIPLIES = (_ATEN.mm, _ATEN.bmm, _ATEN.addmm, _ATEN.baddbmm)
+ENOUGH = 0.3
+"""Seconds in all before a median is taken: fast steps are repeated more often."""
 LM_SCALE = 1e-3
 """Root mean square singular value of a language model's momentum: the published solver's input."""
 
@@ -142,6 +146,10 @@ def _cholesky_flops(shape: torch.Size, *_: Any, **__: Any) -> float:
     return math.prod(shape) * shape[-1] / 3
 
 
+def _symmetric(x: Tensor) -> bool:
+    return bool((x - x.mT).norm() <= 0.01 * x.norm())
+
+
 class SymmetricProducts(TorchDispatchMode):
     """FLOPs that kernels would save by computing one triangle of symmetric products.
 
@@ -159,10 +167,10 @@ class SymmetricProducts(TorchDispatchMode):
     ) -> Any:
         """Run the operator; look at the result of a product."""
         out = func(*args, **(kwargs or {}))
-        product = func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
-        square = product and out.shape[-1] == out.shape[-2]
-        if square and (out - out.mT).norm() <= 0.01 * out.norm():
-            self.saved += out.numel() * args[0].shape[-1]
+        multiplies = func.overloadpacket in MULTIPLIES
+        if multiplies and out.shape[-1] == out.shape[-2] and _symmetric(out):
+            last = [x for x in args if isinstance(x, Tensor)][-1]
+            self.saved += out.numel() * last.shape[-2]
         return out
 
 
@@ -171,7 +179,7 @@ def products(contestant: Contestant, grad: Tensor, weight: Tensor) -> tuple[floa
 
     A Cholesky factor counts 1/6; matrix-vector products of power iterations count their 1/n.
     """
-    chol = {torch.ops.aten.linalg_cholesky_ex: _cholesky_flops}
+    chol = {_ATEN.linalg_cholesky_ex: _cholesky_flops}
     with FlopCounterMode(display=False, custom_mapping=chol) as full, SymmetricProducts() as half:
         contestant.step(grad, weight)
     cube = 2.0 * min(grad.shape[-2:]) ** 3 * math.prod(grad.shape[:-2])
@@ -183,16 +191,20 @@ def costs(
 ) -> list[dict[str, Any]]:
     """Products and seconds of each contestant at one shape: they do not depend on the numbers.
 
-    Each contestant is timed in turn with Muon in its own dtype, so that noise hits both; seconds
-    are medians, of a whole batch.
+    Contestants are timed in turn, each with Muon in its own dtype, so that noise hits all. Seconds
+    are medians of `repeats` at least, of a whole batch; over_muon is the median of the ratios.
     """
     grad, weight = (x.repeat(batch, 1, 1) for x in (problem.grad, problem.weight))
     rivals = {c.dtype: muon(c.dtype) for c in chosen}
     beside = {dtype: products(rival, grad, weight) for dtype, rival in rivals.items()}
     counted = [products(c, grad, weight) for c in chosen]  # and warms up
     times: list[list[tuple[float, float]]] = [[] for _ in chosen]
-    for _ in range(repeats):
-        for c, own in zip(chosen, times, strict=True):
+    while waiting := [
+        (c, own)
+        for c, own in zip(chosen, times, strict=True)
+        if len(own) < repeats or sum(t for t, _ in own) < ENOUGH
+    ]:
+        for c, own in waiting:
             own.append((seconds(c, grad, weight), seconds(rivals[c.dtype], grad, weight)))
     return [
         {
@@ -202,6 +214,7 @@ def costs(
             "n3_muon_symmetric_half": beside[c.dtype][1],
             "seconds": median(t for t, _ in own),
             "muon_seconds": median(t for _, t in own),
+            "over_muon": median(t / other for t, other in own),
             "batch": batch,
         }
         for c, (n3, half), own in zip(chosen, counted, times, strict=True)

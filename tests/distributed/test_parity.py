@@ -18,12 +18,13 @@ CASES = [
     ("muon", 2, ["parallel=fsdp", "model.fused_qkv=true"]),
     ("scion", 2, ["parallel=fsdp"]),
     ("adamw", 2, ["parallel=fsdp", "model=gpt2"]),
+    ("muon", 2, ["parallel=fsdp", "optim.hidden.per_head=true"]),
 ]
 
 
 @pytest.mark.parametrize(("optim", "ranks", "options"), CASES)
 def test_ranks_give_the_weights_of_one_process_after_20_steps(tmp_path, optim, ranks, options):
-    model = [o for o in options if o.startswith(("model", "data.batch"))]
+    model = [o for o in options if o.startswith(("model", "data.batch", "optim."))]
     alone = train(tmp_path, "alone", 1, f"optim={optim}", *model)
     together = train(tmp_path, "together", ranks, f"optim={optim}", *options)
     one, many = weights(alone), weights(together)
@@ -35,17 +36,21 @@ def test_ranks_give_the_weights_of_one_process_after_20_steps(tmp_path, optim, r
     rows = metrics(together, "train")
     assert rows[-1]["step"] == 20
     plan = json.loads((together / "plan.json").read_text())
-    expected = {"adamw": 0}.get(optim, 6 * 2)
+    # Of 2 layers: q, k, v and the output projection, one or a block a head of 2, and the MLP's two.
+    attention = 8 if "optim.hidden.per_head=true" in options else 4
+    expected = {"adamw": 0}.get(optim, (attention + 2) * 2)
     assert rows[-1]["matrices_orthogonalized"] == expected
     assert plan["totals"]["orthogonalized_per_step"] == expected
     # What was sent is what was planned, to the byte (the log is rank 0's).
     assert rows[-1]["optimizer_bytes_sent"] == 20 * plan["totals"]["bytes_sent_per_rank"][0]
 
 
-@pytest.mark.parametrize("model", ["gpt", "gpt2"])
-def test_sharding_the_optimizer_changes_no_bit(tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "more"), [("gpt", []), ("gpt2", []), ("gpt", ["optim.hidden.per_head=true"])]
+)
+def test_sharding_the_optimizer_changes_no_bit(tmp_path, model, more):
     """DDP and FSDP average two gradients alike, so all that differs is our exchange."""
-    options = [f"model={model}", "model.fused_qkv=true", "optim=hybrid"]
+    options = [f"model={model}", "model.fused_qkv=true", "optim=hybrid", *more]
     ddp = train(tmp_path, "ddp", 2, "parallel=ddp", *options)
     fsdp = train(tmp_path, "fsdp", 2, "parallel=fsdp", *options)
     a, b = weights(ddp), weights(fsdp)

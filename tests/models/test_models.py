@@ -37,8 +37,28 @@ def test_every_parameter_has_its_role(arch, fused):
     hidden = [i for i in infos.values() if i.role is Role.HIDDEN]
     assert sum(len(i.parts) for i in hidden) == 6 * SMALL["n_layer"]
     assert {i.splits for i in hidden} == ({(64, 64, 64), ()} if fused else {()})
+    blocks = [b for i in hidden for b in i.blocks(per_head=True)]
+    assert len(blocks) == (4 * SMALL["n_head"] + 2) * SMALL["n_layer"]
     ends = {i.role for n, i in infos.items() if n in ("embed.weight", "head.weight")}
     assert ends == ({Role.EMBEDDING, Role.HEAD} if arch == "gpt" else {Role.TIED})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_declared_heads_are_the_heads_that_attend(arch, fused):
+    """A head whose output block is zero has blocks of v that nothing depends on."""
+    model = make(arch, fused_qkv=fused)
+    params = dict(model.named_parameters())
+    infos = {i.name: i for i in model.roles() if i.heads}
+    (out,) = (n for n in infos if n.startswith("blocks.0") and "proj_out" in n)
+    (into,) = (
+        n for n in infos if n.startswith("blocks.0") and n.endswith(("qkv.weight", "v.weight"))
+    )
+    with torch.no_grad():
+        params[out][infos[out].blocks(per_head=True)[2].slices] = 0.0
+    model(tokens(), tokens()).backward()
+    dead = [bool(params[into].grad[b.slices].any()) for b in infos[into].blocks(per_head=True)]
+    assert dead[-4:] == [True, True, False, True]  # the last four are those of v
 
 
 @pytest.mark.parametrize("arch", sorted(MODELS))
