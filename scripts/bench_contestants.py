@@ -199,13 +199,17 @@ def costs(
     beside = {dtype: products(rival, grad, weight) for dtype, rival in rivals.items()}
     counted = [products(c, grad, weight) for c in chosen]  # and warms up
     times: list[list[tuple[float, float]]] = [[] for _ in chosen]
+    turn = 1
     while waiting := [
         (c, own)
         for c, own in zip(chosen, times, strict=True)
         if len(own) < repeats or sum(t for t, _ in own) < ENOUGH
     ]:
         for c, own in waiting:
-            own.append((seconds(c, grad, weight), seconds(rivals[c.dtype], grad, weight)))
+            # The second of a pair finds the caches warm: take turns at it.
+            pair = [seconds(x, grad, weight) for x in (c, rivals[c.dtype])[::turn]][::turn]
+            own.append((pair[0], pair[1]))
+        turn = -turn
     return [
         {
             "n3": n3,

@@ -82,7 +82,8 @@ def imports():
 
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
-PARTS = "optim.adamw optim.baselines optim.hybrid optim.modular optim.readings optim.roles optim.router optim.rule"
+PARTS = "optim.adamw optim.baselines optim.hybrid optim.modular optim.readings optim.roles"
+PARTS += " optim.router optim.rule"
 PARTS += " optim.manifolds optim.norms optim.polar optim.shard optim.solvers"
 ARROWS = {
     "geon": "",

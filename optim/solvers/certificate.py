@@ -59,7 +59,7 @@ class Certificate(NamedTuple):
     @property
     def gap(self) -> Tensor:
         """(dual - primal) / dual: the direction attains at least 1 - gap of the optimum."""
-        return torch.where(self.dual > 0, 1.0 - self.primal / self.dual, 0.0)
+        return torch.where(self.dual == 0, 0.0, 1.0 - self.primal / self.dual)
 
 
 def certify(u: Tensor, grad: Tensor, direction: Tensor, rounds: int = 4) -> Certificate:
@@ -72,9 +72,12 @@ def certify(u: Tensor, grad: Tensor, direction: Tensor, rounds: int = 4) -> Cert
     Source: weak duality: <G, A> = <G + U S, A> <= ||G + U S||_* for tangent A, ||A||_2 <= 1.
     Cost: 3 + rounds eigendecompositions of n x n in float64; for the log, not for every step.
     """
-    problem = Dual(u, grad)
+    sound = (grad.isfinite() & direction.isfinite()).all(dim=-1, keepdim=True)
+    sound = sound.all(dim=-2, keepdim=True)
+    # An eigensolver raises for the whole batch if one matrix holds a nan: that one's answer is nan.
+    problem = Dual(u, torch.where(sound, grad, 0.0))
     n = u.shape[-1]
-    a = direction.double()
+    a = torch.where(sound, direction, 0.0).double()
     defect = 2.0 * sym(problem.u.mT @ a)
     tangent = tangent_unit(problem.u, a)
     norm = _norm(a)
@@ -87,7 +90,8 @@ def certify(u: Tensor, grad: Tensor, direction: Tensor, rounds: int = 4) -> Cert
         singular, v = problem.spectrum(root_and_lyapunov(problem, smoothed, v))
         dual = dual.minimum(singular.sum(dim=-1))
     tangency = torch.linalg.matrix_norm(defect) / n**0.5
-    return Certificate(attained, dual, tangency, norm)
+    found = (attained, dual, tangency, norm)
+    return Certificate(*(torch.where(sound[..., 0, 0], x, torch.nan) for x in found))
 
 
 def _norm(a: Tensor) -> Tensor:

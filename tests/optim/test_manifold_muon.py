@@ -114,7 +114,10 @@ def test_tangent_and_bounded_at_every_scale(shape, make, exponent):
 def test_bf16_polar_factors_stay_tangent():
     weight, grad = point((128, 32)), gauss((128, 32))
     norm = Spectral(polar=Polar(precision=Precision.BF16))
-    a, u = steepest(norm, STIEFEL, Ladder("oneshot"))(grad, weight).direction / 2.0, STIEFEL.unit(weight)
+    a, u = (
+        steepest(norm, STIEFEL, Ladder("oneshot"))(grad, weight).direction / 2.0,
+        STIEFEL.unit(weight),
+    )
     assert torch.linalg.matrix_norm(u.mT @ a + a.mT @ u) / math.sqrt(32) <= 1e-5
 
 

@@ -10,7 +10,8 @@ from geon.scripts import bench_contestants, bench_problems, bench_solver, bench_
 
 KEYS = {
     "solver", "form", "dtype", "case", "d_out", "d_in", "rho", "tangency", "spectral_norm", "n3",
-    "n3_symmetric_half", "n3_muon", "seconds", "muon_seconds", "over_muon", "fallbacks", "gap", "seed", "batch",
+    "n3_symmetric_half", "n3_muon", "seconds", "muon_seconds", "over_muon", "fallbacks", "gap",
+    "seed", "batch",
 }  # fmt: skip
 LABELS = {
     ("oneshot", "-", "fp32"), ("oneshot", "-", "bf16"), ("lgm", "gram", "fp32"),
