@@ -68,8 +68,9 @@ class Readings:
 
 
 def _singular_values(weight: Tensor) -> Tensor:
-    """In units of sqrt(d_out/d_in); by the Gram of the short side, in float64."""
-    w = weight.double()
+    """In units of sqrt(d_out/d_in); by the Gram of the short side, in float64. Nan for nan."""
+    sound = weight.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    w = torch.where(sound, weight, 0.0).double()  # an eigensolver raises on nan
     gram = w.mT @ w if w.shape[-2] >= w.shape[-1] else w @ w.mT
     squares = torch.linalg.eigvalsh(gram).clamp_min(0.0) * (w.shape[-1] / w.shape[-2])
-    return squares.sqrt()
+    return torch.where(sound[..., 0], squares.sqrt(), torch.nan)

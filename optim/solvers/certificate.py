@@ -58,7 +58,7 @@ class Certificate(NamedTuple):
 
     @property
     def gap(self) -> Tensor:
-        """(dual - primal) / dual: the direction attains at least 1 - gap of the optimum."""
+        """(dual - primal) / dual: a direction that descends attains 1 - gap of f* or more."""
         return torch.where(self.dual == 0, 0.0, 1.0 - self.primal / self.dual)
 
 

@@ -184,7 +184,10 @@ def rectangular(u: Tensor, grad: Tensor, refine: int = 0, polar: Polar | None = 
     v = polar(across @ low)
     a = u @ z + (v - u @ (u.mT @ v)) @ low.mT
     broken = (info[..., None, None] != 0) | ~(_square(a) <= ROUGH_ENERGY * n)
-    return Solution(tangent_unit(u, factors[0]).where(broken, a), broken[..., 0, 0])
+    a = tangent_unit(u, factors[0]).where(broken, a)
+    # A gradient that is normal to rounding: the direction is made of noise, so let it be short.
+    resolved = (size / (64 * torch.finfo(g.dtype).eps)).clamp(max=1.0)
+    return Solution(a * resolved, broken[..., 0, 0])
 
 
 def rectangular_products(ratio: float, refine: int = 0) -> float:

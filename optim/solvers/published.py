@@ -30,7 +30,7 @@ def dual_ascent(
     Returns: a direction of spectral norm about 1, tangent only as far as the ascent got: the
         defect ||U^T A + A^T U||_F / sqrt(n) is not small in general.
     Source: J. Bernstein, Thinking Machines (2025), DOI 10.64434/tml.20250926.
-    Cost: `steps` polar factors and 2 `steps` long products.
+    Cost: `steps` polar factors and 2 `steps` + 1 long products.
     """
     polar = polar or Polar(steps=10)
     g = unit_frobenius(grad) * math.sqrt(u.shape[-1]) if normalise else grad
@@ -44,4 +44,4 @@ def dual_ascent(
 
 def dual_ascent_products(ratio: float, steps: int, polar_steps: int) -> float:
     """Products of n x n (2 n^3 FLOPs each) for aspect ratio long/short."""
-    return steps * (polar_steps * (2 * ratio + 1) + 2 * ratio)
+    return ratio + steps * (polar_steps * (2 * ratio + 1) + 2 * ratio)
