@@ -72,10 +72,10 @@ def certify(u: Tensor, grad: Tensor, direction: Tensor, rounds: int = 4) -> Cert
     Source: weak duality: <G, A> = <G + U S, A> <= ||G + U S||_* for tangent A, ||A||_2 <= 1.
     Cost: 3 + rounds eigendecompositions of n x n in float64; for the log, not for every step.
     """
-    sound = (grad.isfinite() & direction.isfinite()).all(dim=-1, keepdim=True)
-    sound = sound.all(dim=-2, keepdim=True)
+    sound = u.isfinite() & grad.isfinite() & direction.isfinite()
+    sound = sound.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
     # An eigensolver raises for the whole batch if one matrix holds a nan: that one's answer is nan.
-    problem = Dual(u, torch.where(sound, grad, 0.0))
+    problem = Dual(torch.where(sound, u, 0.0), torch.where(sound, grad, 0.0))
     n = u.shape[-1]
     a = torch.where(sound, direction, 0.0).double()
     defect = 2.0 * sym(problem.u.mT @ a)
