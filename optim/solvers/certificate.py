@@ -80,8 +80,8 @@ def certify(u: Tensor, grad: Tensor, direction: Tensor, rounds: int = 4) -> Cert
     a = torch.where(sound, direction, 0.0).double()
     defect = 2.0 * sym(problem.u.mT @ a)
     tangent = tangent_unit(problem.u, a)
-    norm = _norm(a)
-    attained = (problem.g * tangent).sum(dim=(-2, -1)) / _norm(tangent).clamp_min(1.0)
+    norm = spectral_norm(a)
+    attained = (problem.g * tangent).sum(dim=(-2, -1)) / spectral_norm(tangent).clamp_min(1.0)
     singular, v = problem.spectrum(torch.zeros_like(problem.k))
     dual = singular.sum(dim=-1)
     for _ in range(1 + rounds):
@@ -94,6 +94,6 @@ def certify(u: Tensor, grad: Tensor, direction: Tensor, rounds: int = 4) -> Cert
     return Certificate(*(torch.where(sound[..., 0, 0], x, torch.nan) for x in found))
 
 
-def _norm(a: Tensor) -> Tensor:
-    """||A||_2 by the eigenvalues of the n x n Gram."""
+def spectral_norm(a: Tensor) -> Tensor:
+    """||A||_2 by the eigenvalues of the n x n Gram: several times faster than an SVD."""
     return torch.linalg.eigvalsh(sym(a.mT @ a))[..., -1].clamp_min(0.0).sqrt()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from geon.optim.manifolds.stiefel import sym, tangent_unit
 from geon.optim.polar import polar_svd
-from geon.optim.solvers.certificate import Dual, root_and_lyapunov
+from geon.optim.solvers.certificate import Dual, root_and_lyapunov, spectral_norm
 
 _ITERATIONS_PER_MU = 40
 
@@ -83,7 +83,7 @@ def _evaluate(problem: Dual, s: Tensor, mu: float) -> _Point:
     singular, v = problem.spectrum(s)
     q = (singular**2 + mu * mu).sqrt()
     a = tangent_unit(problem.u, (problem.u @ (problem.k + s) + problem.across) @ (v / q) @ v.mT)
-    a = a / max(1.0, torch.linalg.matrix_norm(a, 2).item())
+    a = a / max(1.0, spectral_norm(a).item())
     return _Point(
         direction=a,
         primal=(problem.g * a).sum().item(),
