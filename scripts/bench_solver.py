@@ -80,8 +80,8 @@ def ablations() -> dict[str, Row]:
             }
             for lower, steps in roots
         },
-        "share 0": {"share": lambda ratio: 0.0},
-        "share 1": {"share": lambda ratio: 1.0},
+        "share 0": {"share": lambda ratio, refine=0: 0.0},
+        "share 1": {"share": lambda ratio, refine=0: 1.0},
         "refine 1": refined,
         **{f"refine 1, OVER_RELAXATION {w:g}": refined | {"OVER_RELAXATION": w} for w in (1, 1.6)},
         "refine 2": {"refine": 2},
