@@ -81,6 +81,40 @@ class RuleKind(Enum):
     adamw = "adamw"
 
 
+class TransportChoice(Enum):
+    """How sharded matrices become whole (optim/shard/matrix.py)."""
+
+    auto = "auto"
+    """By predicted cost, kind by kind."""
+    owner = "owner"
+    gram = "gram"
+    allgather = "allgather"
+
+
+class Objective(Enum):
+    """What shard.transport=auto minimises."""
+
+    time = "time"
+    bytes = "bytes"
+
+
+class Wire(Enum):
+    """Words of updates and directions that travel; weights and sums are always fp32."""
+
+    auto = "auto"
+    """bf16 on a GPU, fp32 on a CPU and for shard.reproducible=true."""
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class MachineChoice(Enum):
+    """Speeds that a plan reckons with (optim/shard/cost.py)."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @dataclass
 class ModelConfig:
     """Sizes and options; see models/base.py."""
@@ -295,10 +329,25 @@ class EvalConfig:
 
 @dataclass
 class ShardConfig:
-    """The exchange of sharded matrices; see optim/shard."""
+    """The exchange of sharded matrices; see optim/shard and docs/distributed.md."""
 
+    transport: TransportChoice = TransportChoice.auto
+    objective: Objective = Objective.time
+    reproducible: bool = False
+    """Owners only, every matrix computed alone, fp32 wire: bit-identical to one process."""
     max_buffer_mb: float = 64.0
-    """Scratch of one bucket."""
+    """Scratch of one bucket on a rank; a bucket may always hold one matrix a rank."""
+    wire: Wire = Wire.auto
+    machine: MachineChoice = MachineChoice.auto
+    """Whose speeds the plan reckons with; auto is the device of the run."""
+    tflops: float = 0.0
+    """fp32 products, of one rank; 0 here and below takes a rough figure for the machine."""
+    half_tflops: float = 0.0
+    """bf16 products."""
+    gbytes: float = 0.0
+    """GB/s that a rank sends."""
+    latency_us: float = 0.0
+    """Of one collective."""
 
 
 @dataclass

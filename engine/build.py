@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from geon.configs.schema import (
     Config,
@@ -39,7 +40,7 @@ from geon.optim import (
     table,
 )
 from geon.optim.router import check_partition
-from geon.optim.shard import Plan, locate, make_plan
+from geon.optim.shard import MACHINES, Arena, Machine, Plan, Wishes, make_plan, view
 
 ROLES = {
     "hidden": {Role.HIDDEN},
@@ -237,14 +238,15 @@ def _keep_own(info: ParamInfo, param: Tensor, whole: Tensor) -> None:
     if not isinstance(param, DTensor):
         param.copy_(whole)
         return
-    layout, _, group = locate(info.name, param)
-    rank = torch.distributed.get_rank(group) if group is not None else 0
-    own = whole.view(info.matrix_shape)[layout.region(rank).slices]
-    local = param.to_local()
-    local.copy_(own.reshape(local.shape))
+    arena = Arena.of([(info.name, param)])
+    flat, given = param.to_local().view(-1), whole.view(info.matrix_shape)
+    for piece in arena.layout(info.name, param).pieces(arena.rank):
+        view(flat, piece).copy_(given[piece.region.slices])
 
 
-def make_optimizer(model: LanguageModel, routing: Routing, config: Config) -> HybridOptimizer:
+def make_optimizer(
+    model: LanguageModel, routing: Routing, config: Config, mesh: DeviceMesh | None = None
+) -> HybridOptimizer:
     """Build the optimizer over a placed model."""
     params = dict(model.named_parameters())
     groups = [
@@ -258,7 +260,49 @@ def make_optimizer(model: LanguageModel, routing: Routing, config: Config) -> Hy
         for name, rule in routing.rules.items()
     ]
     check_partition(params, [[info.name for info, _ in group.params] for group in groups])
-    return HybridOptimizer(groups, max_buffer_mb=config.shard.max_buffer_mb)
+    return HybridOptimizer(
+        groups,
+        shard=make_wishes(config),
+        mesh=mesh,
+        wire=torch.bfloat16 if wire_bytes(config) == 2 else torch.float32,
+        max_norm=config.optim.max_norm,
+    )
+
+
+def make_wishes(config: Config) -> Wishes:
+    """What the config says about the plan; zeros leave the machine's own speeds."""
+    shard = config.shard
+    own = MACHINES[planned_device(config)]
+    machine = Machine(
+        shard.tflops * 1e12 or own.flops,
+        shard.half_tflops * 1e12 or own.half_flops,
+        shard.gbytes * 1e9 or own.bandwidth,
+        shard.latency_us / 1e6 or own.latency,
+    )
+    return Wishes(
+        shard.transport.value,
+        shard.objective.value,
+        shard.reproducible,
+        shard.max_buffer_mb,
+        machine,
+    )
+
+
+def planned_device(config: Config) -> str:
+    """Kind of device that the plan is for."""
+    chosen = config.shard.machine.value
+    if chosen == "auto":
+        chosen = config.device if config.device in MACHINES else ""
+    return chosen or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wire_bytes(config: Config) -> int:
+    """Bytes of an entry of an update or direction that travels."""
+    chosen = config.shard.wire.value
+    if chosen == "auto":
+        half = planned_device(config) == "cuda" and not config.shard.reproducible
+        return 2 if half else 4
+    return 2 if chosen == "bf16" else 4
 
 
 def plan_ahead(config: Config, routing: Routing, world: int) -> Plan:
@@ -269,10 +313,11 @@ def plan_ahead(config: Config, routing: Routing, world: int) -> Plan:
             continue
         for info in routing.members(name):
             layout = planned_layout(info.shape, config.parallel, world)
-            group = "shard" if layout.ranks > 1 else ""
             per_head = routing.configs[name].per_head
-            matrices += matrices_of(info, name, rule, layout, group, per_head)
-    return make_plan(matrices, config.shard.max_buffer_mb)
+            matrices += matrices_of(
+                info, name, rule, layout, per_head, wire_bytes(config), planned_device(config)
+            )
+    return make_plan(matrices, make_wishes(config))
 
 
 def report_plan(config: Config, world: int) -> str:
@@ -292,7 +337,7 @@ def plan_facts(model: LanguageModel, routing: Routing, plan: Plan) -> dict[str, 
         "flops_per_token": model.flops_per_token(),
         "routes": routing.to_dict(),
         **plan.to_dict(),
-        "digest": plan.digest(),
+        "digest": plan.digest,
     }
 
 
@@ -334,5 +379,5 @@ def build(
     parallel.place(model)
     initialise(model, routing, config.seed)
     parallel.wrap(model)
-    optimizer = make_optimizer(model, routing, config)
+    optimizer = make_optimizer(model, routing, config, parallel.mesh)
     return Run(config, parallel, corpus, batches, model, routing, optimizer)

@@ -78,8 +78,8 @@ class Progress(Callback):
             "optimizer_bytes_sent": run.optimizer.exchange.bytes_sent,
             "flops_per_second": rate * run.model.flops_per_token(),
         }
-        if trainer.grad_norm is not None:
-            record["grad_norm_elementwise"] = trainer.grad_norm
+        if run.optimizer.entry_norm is not None:
+            record["grad_norm_elementwise"] = float(run.optimizer.entry_norm)
         peak = peak_flops(run.parallel.device)
         if peak is not None:
             record["mfu"] = record["flops_per_second"] / (peak * run.parallel.env.world)

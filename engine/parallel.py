@@ -14,7 +14,7 @@ from geon.configs.schema import Layouts, ParallelConfig, Precision
 from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.models import LanguageModel
-from geon.optim.shard import ColShard, Layout, Replicated, RowShard
+from geon.optim.shard import Grid, Layout
 
 
 def shard_ranks(config: ParallelConfig, world: int) -> int:
@@ -44,10 +44,7 @@ def planned_layout(shape: tuple[int, ...], config: ParallelConfig, world: int) -
     Vectors are seen as (1, n), so FSDP2, which cuts dimension 0, cuts their columns.
     """
     ranks = shard_ranks(config, world)
-    matrix = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0] if shape else 1)
-    if ranks == 1:
-        return Replicated(matrix)
-    return RowShard(matrix, ranks) if len(shape) == 2 else ColShard(matrix, ranks)
+    return Grid.rows(shape, ranks) if ranks > 1 else Grid.whole(shape, world)
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

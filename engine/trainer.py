@@ -47,7 +47,6 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.loss = torch.zeros((), device=run.parallel.device)
-        self.grad_norm: float | None = None
         self.stopwatch = Stopwatch(run.parallel.device)
         self._resumed_at = time.perf_counter()
 
@@ -98,8 +97,6 @@ class Trainer:
             total += loss.detach() / len(micros)
         self.loss = total
         self.stopwatch.mark()
-        if run.config.optim.max_norm:
-            self.grad_norm = run.optimizer.clip_entries_(run.config.optim.max_norm)
         for callback in self.callbacks:
             callback.before_update(self)
         run.optimizer.step()

@@ -1,4 +1,4 @@
-"""The one exception that means: the input is wrong, and here is what to change."""
+"""The exceptions of our own: the input is wrong, or another rank is gone."""
 
 
 class UsageError(ValueError):
@@ -6,6 +6,13 @@ class UsageError(ValueError):
 
     The message names the value, what was expected, and the config key (or flag) to change.
     Command lines print it without a traceback and exit with status 2.
+    """
+
+
+class ExchangeError(RuntimeError):
+    """A collective of the optimizer failed, most likely because another rank ended.
+
+    The message names the collective, the bucket and the first parameter in it.
     """
 
 

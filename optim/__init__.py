@@ -1,8 +1,9 @@
 """Optimizers that know the geometry of each weight. Importing this costs torch alone."""
 
 from geon.optim.adamw import AdamW
-from geon.optim.hybrid import Group, HybridOptimizer, block_scale, check_per_head, matrices_of
+from geon.optim.hybrid import Group, HybridOptimizer
 from geon.optim.manifolds import MANIFOLDS, Euclidean, Manifold, Stiefel
+from geon.optim.matrices import block_scale, check_per_head, matrices_of
 from geon.optim.norms import NORMS, Norm, Sign, Spectral
 from geon.optim.polar import Polar, Precision, polar, polar_svd
 from geon.optim.roles import Block, ParamInfo, Role

@@ -1,6 +1,5 @@
 """One torch optimizer whose param groups each carry their rule."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,19 +7,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from geon.errors import UsageError
 from geon.optim.adamw import AdamW
+from geon.optim.matrices import check_per_head, matrices_of
 from geon.optim.polar import ieee_products
 from geon.optim.readings import Readings
-from geon.optim.roles import Block, ParamInfo
+from geon.optim.roles import ParamInfo
 from geon.optim.router import check_partition
 from geon.optim.rule import Rule
-from geon.optim.shard import Exchange, Layout, Matrix, Plan, Region, locate, make_plan
+from geon.optim.shard import (
+    Arena,
+    Exchange,
+    Matrix,
+    Plan,
+    Region,
+    Wishes,
+    holding,
+    make_plan,
+)
+from geon.optim.work import MatrixWork
 
-# Momenta, gathered weights and directions are fp32 whatever the weights are: bf16 cannot hold a
-# manifold better than 4e-3, and loses most of a small step to rounding.
-_WIRE = torch.float32
+# Momenta and gathered weights are fp32 whatever the weights are: bf16 cannot hold a manifold
+# better than 4e-3, and loses most of a small step to rounding.
+_MOMENTUM = torch.float32
 
 
 @dataclass
@@ -57,14 +68,26 @@ class HybridOptimizer(torch.optim.Optimizer):
     Every rank must call `step()`: on sharded matrices it runs the collectives of `plan`. A
     parameter without a gradient counts as one with a zero gradient in a steepest group (its
     momentum still moves it), and is left alone in an AdamW group.
+
+    shard: transports, buffers, and what to optimise for.
+    mesh: the ranks that step together; needed for plain parameters that are equal on several ranks
+        (DDP), whose work is then split. DTensors bring their own.
+    wire: dtype of updates and directions that travel; weights always travel in fp32.
+    max_norm: clip the gradients of AdamW groups to this global 2-norm within `step`; 0 never.
+        Steepest directions do not depend on the length of the gradient.
     """
 
     def __init__(
         self,
         groups: Sequence[Group],
-        max_buffer_mb: float = 64.0,
+        shard: Wishes | None = None,
+        mesh: DeviceMesh | None = None,
+        wire: torch.dtype = torch.float32,
+        max_norm: float = 0.0,
     ) -> None:
         self.rules = {g.name: g.rule for g in groups}
+        self.max_norm = max_norm
+        self.entry_norm: Tensor | None = None
         self._per_head = {g.name: g.per_head for g in groups}
         self._infos = {info.name: info for g in groups for info, _ in g.params}
         super().__init__(
@@ -83,24 +106,15 @@ class HybridOptimizer(torch.optim.Optimizer):
             {},
         )
         check_partition(self._infos, [group["names"] for group in self.param_groups])
-        self._params = dict(self.named_parameters())
+        named = list(self.named_parameters())
+        self._arena = Arena.of(named, mesh)
+        self._layouts = {name: self._arena.layout(name, p) for name, p in named}
+        self._signatures = {name: _signature(p) for name, p in named}
         self.readings = Readings()
-        self._exchange = self._make_exchange(max_buffer_mb)
-        for group in self.param_groups:
-            rule = self.rules[group["name"]]
-            for name, param in zip(group["names"], group["params"], strict=True):
-                if isinstance(rule, AdamW):
-                    self.state[param] = rule.new_state(param)
-                else:
-                    self.state[param] = {"momentum": torch.zeros_like(param, dtype=_WIRE)}
-                    if rule.second_moment:
-                        # One number a row, whole on every rank whatever the layout; heads that own
-                        # columns have a row each of these.
-                        blocks = self._infos[name].blocks(self._per_head[group["name"]])
-                        columns, rows = len({block.cols for block in blocks}), param.shape[0]
-                        shape = (rows,) if columns == 1 else (columns, rows)
-                        second = torch.zeros(shape, dtype=_WIRE, device=param.device)
-                        self.state[param]["second_moment"] = second
+        self._device = named[0][1].device.type if named else "cpu"
+        plan = make_plan(self._matrices(wire.itemsize), shard)
+        self._exchange = Exchange(plan, self._arena)
+        self._make_state()
 
     @property
     def plan(self) -> Plan:
@@ -130,217 +144,185 @@ class HybridOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = fraction * group["peak_lr"]
 
-    def _make_exchange(self, max_buffer_mb: float) -> Exchange:
+    def _steepest(self) -> Iterable[tuple[dict[str, Any], Rule]]:
+        """Param groups of steepest rules."""
+        for group in self.param_groups:
+            if isinstance(rule := self.rules[group["name"]], Rule):
+                yield group, rule
+
+    def _matrices(self, wire_bytes: int) -> list[Matrix]:
         matrices: list[Matrix] = []
-        groups: dict[str, dist.ProcessGroup | None] = {"": None}
+        for group, rule in self._steepest():
+            per_head = self._per_head[group["name"]]
+            for name in group["names"]:
+                info, layout = self._infos[name], self._layouts[name]
+                matrices += matrices_of(
+                    info, group["name"], rule, layout, per_head, wire_bytes, self._device
+                )
+        return matrices
+
+    def _make_state(self) -> None:
         for group in self.param_groups:
             rule = self.rules[group["name"]]
-            if isinstance(rule, AdamW):
-                continue
             for name, param in zip(group["names"], group["params"], strict=True):
-                layout, key, process_group = locate(name, param)
-                groups[key] = process_group
-                info, per_head = self._infos[name], self._per_head[group["name"]]
-                matrices += matrices_of(info, group["name"], rule, layout, key, per_head)
-        return Exchange(make_plan(matrices, max_buffer_mb), groups)
+                if isinstance(rule, AdamW):
+                    self.state[param] = rule.new_state(param)
+                    continue
+                self.state[param] = {"momentum": torch.zeros_like(param, dtype=_MOMENTUM)}
+                if rule.second_moment:
+                    shape = self._row_state_shape(name, self._per_head[group["name"]])
+                    second = torch.zeros(shape, dtype=_MOMENTUM, device=param.device)
+                    self.state[param]["second_moment"] = second
+
+    def _row_state_shape(self, name: str, per_head: bool) -> tuple[int, ...]:
+        """One number a row, whole on every rank; heads that own columns have a row of them each."""
+        info = self._infos[name]
+        columns = len({block.cols for block in info.blocks(per_head)})
+        rows = info.matrix_shape[0]
+        return (rows,) if columns == 1 else (columns, rows)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Apply one step to every group."""
+        """Apply one step to every group.
+
+        The first matrices travel before AdamW groups are clipped and stepped.
+
+        Raises:
+            UsageError: a parameter lies otherwise than when the plan was made.
+            ExchangeError: another rank is gone.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates: dict[str, Tensor] = {}
-        lrs: dict[str, float] = {}
-        for group in self.param_groups:
-            rule, lr = self.rules[group["name"]], float(group["lr"])
-            lrs[group["name"]] = lr
-            if isinstance(rule, AdamW):
-                if lr != 0.0:
-                    self._step_entries(group, rule, lr)
-                continue
-            for name, param in zip(group["names"], group["params"], strict=True):
-                buffer = _local(self.state[param]["momentum"])
-                if lr != 0.0 and param.grad is not None:
-                    updates[name] = rule.average(_local(param.grad).to(_WIRE), buffer)
-                else:
-                    if lr != 0.0:
-                        buffer.mul_(rule.momentum)
-                    updates[name] = buffer
+        self._check_places()
+        work = self._work()
         with ieee_products():
-            self._step_matrices(updates, lrs)
+            self._exchange.run(work, self._step_entries)
         self.readings.close()
         return loss
 
-    def _step_entries(self, group: dict[str, Any], rule: AdamW, lr: float) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if params:
-            rule.step(
-                [_local(p) for p in params],
-                [_local(p.grad) for p in params],
-                [{k: _local(v) for k, v in self.state[p].items()} for p in params],
-                lr,
-            )
+    def _work(self) -> MatrixWork:
+        """Fold the gradients into the momenta; what the exchange then works on."""
+        updates: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        for group, rule in self._steepest():
+            frozen = float(group["lr"]) == 0.0
+            for name, param in zip(group["names"], group["params"], strict=True):
+                buffer = _local(self.state[param]["momentum"])
+                if not frozen and param.grad is not None:
+                    update = rule.average(_grad(param).to(_MOMENTUM), buffer)
+                else:
+                    update = buffer if frozen else buffer.mul_(rule.momentum)
+                updates[name] = update.reshape(-1)
+                weights[name] = _flat(name, param)
+        lrs = {group["name"]: float(group["lr"]) for group in self.param_groups}
+        rules = {group["name"]: rule for group, rule in self._steepest()}
+        return MatrixWork(updates, weights, rules, lrs, self._row_state, self.readings)
 
-    def _step_matrices(self, updates: dict[str, Tensor], lrs: dict[str, float]) -> None:
-        """Exchange updates (and weights, on a manifold), and write the new weights."""
-        ranks = {m.param: self._exchange.rank_in(m.group) for m, _ in self.plan.matrices}
+    def _row_state(self, matrix: Matrix) -> Tensor:
+        second = self._seconds()[matrix.param]
+        if second.dim() == 2:
+            second = second[matrix.box.cols[0] // matrix.shape[1]]
+        return second[slice(*matrix.box.rows)]
 
-        def piece(matrix: Matrix, tensor: Tensor) -> Tensor:
-            place = matrix.local(ranks[matrix.param])
-            return (tensor if tensor.dim() == 2 else tensor.view(1, -1))[place.slices]
+    def _seconds(self) -> dict[str, Tensor]:
+        return {
+            name: self.state[param]["second_moment"]
+            for name, param in self.named_parameters()
+            if "second_moment" in self.state[param]
+        }
 
-        def operands(matrix: Matrix) -> tuple[Tensor, ...]:
-            update = piece(matrix, updates[matrix.param])
-            if matrix.operands == 1:
-                return (update,)
-            return update, piece(matrix, _local(self._params[matrix.param])).to(_WIRE)
-
-        def compute(matrix: Matrix, tensors: tuple[Tensor, ...]) -> Tensor:
-            # A rule reads the size of a matrix off its shape, but a head's block has the size that
-            # it has in the whole matrix (block_scale). So the rule steps it in units of its scale:
-            # a step alone is multiplied by it; a weight is divided by it before, and multiplied
-            # after. This is the only place of a step that knows of scales.
-            rule, scale = self._rule(matrix), matrix.scale
-            if matrix.operands == 1:
-                direction = rule.solve(tensors[0], None, matrix.shape).direction
-                return direction if scale == 1.0 else direction * scale
-            update, weight = tensors
-            unit = weight if scale == 1.0 else weight / scale
-            solution = rule.solve(update, unit)
-            self.readings.take(rule, update, unit, solution)
-            moved = rule.move(unit, solution.direction, lrs[matrix.rule])
-            # Back and forth would round a weight that did not move.
-            return moved if scale == 1.0 else weight.where(moved == unit, moved * scale)
-
-        def finish(matrix: Matrix, result: Tensor) -> Tensor:
-            rule = self._rule(matrix)
-            if not rule.second_moment or lrs[matrix.rule] == 0.0:
-                return result
-            second = self.state[self._params[matrix.param]]["second_moment"]
-            if second.dim() == 2:
-                second = second[matrix.box.cols[0] // matrix.shape[1]]
-            return rule.divide_rows(result, second[slice(*matrix.box.rows)])
-
-        def write(matrix: Matrix, result: Tensor) -> None:
-            lr = lrs[matrix.rule]
-            if lr == 0.0:
-                return
-            weight = piece(matrix, _local(self._params[matrix.param]))
-            if matrix.operands == 1:
-                result = self._rule(matrix).move(weight, result, lr)
-            weight.copy_(result)
-
-        self._exchange.run(operands, compute, finish, write)
-
-    def _rule(self, matrix: Matrix) -> Rule:
-        rule = self.rules[matrix.rule]
-        assert isinstance(rule, Rule)
-        return rule
+    def _step_entries(self) -> None:
+        """Clip and step what AdamW steps."""
+        if self.max_norm:
+            self.entry_norm = self.clip_entries_(self.max_norm)
+        for group in self.param_groups:
+            rule = self.rules[group["name"]]
+            params = [p for p in group["params"] if p.grad is not None]
+            if isinstance(rule, AdamW) and params and float(group["lr"]) != 0.0:
+                rule.step(
+                    [_local(p) for p in params],
+                    [_grad(p) for p in params],
+                    [{k: _local(v) for k, v in self.state[p].items()} for p in params],
+                    float(group["lr"]),
+                )
 
     @torch.no_grad()
-    def clip_entries_(self, max_norm: float) -> float | None:
+    def clip_entries_(self, max_norm: float) -> Tensor | None:
         """Clip the gradients of element-wise groups to a global 2-norm; return the norm before.
 
         Steepest directions are scale invariant, so only AdamW groups are clipped. The norm is
-        exact when parameters are sharded over different groups: squares are summed per group.
-        Returns None when no group is element-wise.
+        exact whatever meshes the parameters lie on: each square is divided by the number of ranks
+        that hold a copy, and one sum goes over all ranks. None when no group is element-wise.
         """
-        grads = [
-            (name, param)
-            for group in self.param_groups
-            if isinstance(self.rules[group["name"]], AdamW)
-            for name, param in zip(group["names"], group["params"], strict=True)
-            if param.grad is not None
-        ]
-        if not grads:
+        found: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            if isinstance(self.rules[group["name"]], AdamW):
+                for name, param in zip(group["names"], group["params"], strict=True):
+                    if param.grad is not None:
+                        found[name] = _grad(param)
+        if not found:
             return None
-        squares: dict[str, Tensor] = {}
-        groups: dict[str, dist.ProcessGroup | None] = {}
-        for name, param in grads:
-            assert param.grad is not None
-            _, key, groups[key] = locate(name, param)
-            square = _local(param.grad).float().square().sum()
-            squares[key] = squares[key] + square if key in squares else square
-        for key, group in groups.items():
-            if group is not None:
-                dist.all_reduce(squares[key], group=group)
-        norm = torch.stack(list(squares.values())).sum().sqrt()
+        squares = []
+        for name, grad in found.items():
+            layout = self._layouts[name]
+            own = holding(layout, Region((0, layout.shape[0]), (0, layout.shape[1])))
+            copies = len(own.of.get(self._arena.rank, (0,)))
+            squares.append(grad.float().square().sum() / copies)
+        total = torch.stack(squares).sum()
+        if self._arena.group is not None:
+            dist.all_reduce(total, group=self._arena.group)
+        norm = total.sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for _, param in grads:
-            assert param.grad is not None
-            _local(param.grad).mul_(scale)
-        return float(norm)
+        for grad in found.values():
+            grad.mul_(scale)
+        return norm
 
+    def _check_places(self) -> None:
+        """Refuse to step parameters that have moved since the plan was made.
 
-def check_per_head(rule: Rule | AdamW, per_head: bool, where: str) -> None:
-    """Refuse blocks for a rule that has no matrices.
-
-    Raises:
-        UsageError: names the place.
-    """
-    if per_head and isinstance(rule, AdamW):
-        raise UsageError(
-            f"{where}: per_head cuts matrices into heads, but rule=adamw steps entries: "
-            "set per_head=false, or rule=steepest"
-        )
-
-
-def block_scale(rule: Rule, block: Block) -> float:
-    """Size of a block over the size that its rule gives to a matrix of its shape.
-
-    A head's block keeps the size it has in the whole matrix, so that a whole orthogonal matrix is
-    also a point whose heads are each on the Stiefel manifold. 1 for what is not a head's block.
-
-    Raises:
-        UsageError: the manifold has no point of this shape.
-    """
-    if block.shape == block.whole:
-        return 1.0
-    try:
-        whole, own = (_typical_singular_value(rule, s) for s in (block.whole, block.shape))
-    except ValueError as error:
-        raise UsageError(f"per_head: {error}") from None
-    return whole / own
-
-
-def _typical_singular_value(rule: Rule, shape: tuple[int, int]) -> float:
-    """Root mean square, of a point of the manifold; in Euclidean space of a full direction.
-
-    sqrt(d_out/d_in) and the radius for Stiefel and the spectral norm.
-    """
-    if rule.manifold.constrains:
-        return rule.manifold.length(shape) / math.sqrt(min(shape))
-    return rule.norm.extent(shape) / math.sqrt(min(shape))
-
-
-def matrices_of(
-    info: ParamInfo, name: str, rule: Rule, layout: Layout, group: str, per_head: bool = False
-) -> list[Matrix]:
-    """Matrices that a rule steps in one parameter: itself, its fused parts, or heads' blocks."""
-    try:
-        return [
-            Matrix(
-                param=info.name,
-                box=Region(block.rows, block.cols),
-                layout=layout,
-                group=group,
-                rule=name,
-                reach=rule.reach,
-                operands=2 if rule.needs_weight else 1,
-                element_bytes=_WIRE.itemsize,
-                flops=rule.flops(block.shape),
-                orthogonalizes=rule.orthogonalizes,
-                scale=block_scale(rule, block),
-            )
-            for block in info.blocks(per_head)
-        ]
-    except ValueError as error:
-        raise UsageError(f"parameter '{info.name}': {error}") from None
+        Raises:
+            UsageError: names the parameter, how it lay and how it lies.
+        """
+        for name, param in self.named_parameters():
+            if (found := _signature(param)) != (planned := self._signatures[name]):
+                raise UsageError(
+                    f"parameter '{name}' was planned as {planned} and is now {found}: weights may "
+                    "not be moved, resharded or replaced after the optimizer was made; make it "
+                    "after fully_shard, parallelize_module and .to(device)"
+                )
 
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's piece of a DTensor; a plain tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor
+
+
+def _grad(param: Tensor) -> Tensor:
+    """This rank's piece of a gradient, laid out like its parameter."""
+    grad: Any = param.grad
+    placements = getattr(param, "placements", None)
+    if placements is not None and grad.placements != placements:
+        grad = grad.redistribute(placements=placements)
+    return _local(grad)
+
+
+def _flat(name: str, param: Tensor) -> Tensor:
+    """Storage of this rank's weights as a vector; no copy."""
+    local = _local(param).detach()
+    if not local.is_contiguous():
+        raise UsageError(
+            f"parameter '{name}': its local weights of shape {tuple(local.shape)} have strides "
+            f"{local.stride()}: make them contiguous before the optimizer is made"
+        )
+    return local.view(-1)
+
+
+def _signature(param: Any) -> str:
+    """How a parameter lies: what may not change after the plan was made."""
+    text = f"shape {tuple(param.shape)} {param.dtype} on {param.device.type}"
+    if hasattr(param, "placements"):
+        text += f" as {param.placements} over {param.device_mesh}"
+    return text

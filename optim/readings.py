@@ -27,8 +27,7 @@ class Readings:
     def take(self, rule: Rule, update: Tensor, weight: Tensor, solution: Solution) -> None:
         """Take note of one batch of solved directions, on a manifold."""
         if solution.fell_back is not None:
-            count = solution.fell_back.sum()
-            self._fell_back = count if self._fell_back is None else self._fell_back + count
+            self.count(solution.fell_back)
         if not self.wanted:
             return
         for name, values in rule.solver.inspect(update, weight, solution.direction).items():
@@ -37,6 +36,11 @@ class Readings:
         singular = _singular_values(weight)
         self._looking["spectrum"].append(singular.amax(dim=-1).flatten())
         self._looking["spectrum_min"].append(singular.amin(dim=-1).flatten())
+
+    def count(self, fell_back: Tensor) -> None:
+        """Count matrices that a cheaper solver stood in for."""
+        count = fell_back.sum()
+        self._fell_back = count if self._fell_back is None else self._fell_back + count
 
     def close(self) -> None:
         """End of a step: keep what was seen, and look away."""

@@ -55,7 +55,8 @@ class ParamInfo:
 
     Attributes:
         name: fully qualified name, as in `named_parameters()`.
-        shape: shape of the whole (unsharded) parameter.
+        shape: shape of the whole (unsharded) parameter; hidden matrices may be stored in batches,
+            (batch, d_out, d_in), e.g. one for each expert, and are stepped one by one.
         role: what the parameter does.
         splits: rows of each matrix that is fused along dimension 0, e.g. (d, d, d) for q, k, v;
             empty for a parameter that is one matrix. Every rule treats the parts separately.
@@ -71,9 +72,15 @@ class ParamInfo:
     head_axis: int = 0
 
     def __post_init__(self) -> None:
-        if self.role in MATRIX_ROLES and len(self.shape) != 2:
+        batched = self.role is Role.HIDDEN and len(self.shape) == 3
+        if self.role in MATRIX_ROLES and len(self.shape) != 2 and not batched:
             raise ValueError(
                 f"{self.name}: role '{self.role}' needs a matrix (d_out, d_in), got {self.shape}"
+            )
+        if batched and self.splits:
+            raise ValueError(
+                f"{self.name}: splits {self.splits} of a batch of matrices {self.shape}: store "
+                "fused matrices as more entries of the batch instead"
             )
         if self.splits and sum(self.splits) != self.shape[0]:
             raise ValueError(
@@ -106,16 +113,18 @@ class ParamInfo:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Shape as a matrix: vectors and scalars are one row."""
-        if len(self.shape) == 2:
-            return self.shape[0], self.shape[1]
+        """Shape as a matrix: vectors and scalars are one row, batches lie one below the other."""
+        if len(self.shape) >= 2:
+            return self.numel // self.shape[-1], self.shape[-1]
         return 1, self.numel
 
     @property
     def parts(self) -> tuple[Interval, ...]:
-        """Row interval (start, stop) of each fused matrix; one interval when nothing is fused."""
+        """Row interval (start, stop) of each fused or batched matrix; one when there is one."""
         bounds = [0]
-        for rows in self.splits or (self.matrix_shape[0],):
+        batch = self.shape[:1] if len(self.shape) == 3 else ()
+        alone = (self.matrix_shape[0],) if not batch else (self.shape[1],) * batch[0]
+        for rows in self.splits or alone:
             bounds.append(bounds[-1] + rows)
         return tuple(zip(bounds[:-1], bounds[1:], strict=True))
 

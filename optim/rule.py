@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from geon.errors import UsageError
 from geon.optim.manifolds import Euclidean, Manifold
 from geon.optim.norms import Norm, Reach, Spectral
-from geon.optim.solvers import Ladder, Solution, Solver, steepest
+from geon.optim.solvers import GramForm, Ladder, Solution, Solver, gram_form, steepest
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class Rule:
     def orthogonalizes(self) -> bool:
         """Whether a step takes a polar factor (counted in the log)."""
         return isinstance(self.norm, Spectral)
+
+    def half_on(self, device: str) -> bool:
+        """Whether most of a whole step is in bf16 on this kind of device."""
+        return self.solver.half_on(torch.device(device))
+
+    def gram_form(self, shape: tuple[int, int]) -> GramForm | None:
+        """The step of a matrix of this shape from sums over its long side, where there is one."""
+        return gram_form(self.norm, self.manifold, self.ladder, shape)
 
     def average(self, grad: Tensor, buffer: Tensor) -> Tensor:
         """Fold `grad` into `buffer` in place; return what the direction is taken of."""

@@ -11,7 +11,7 @@ from geon.optim.polar.minimax import minimax
 from geon.optim.polar.precision import Precision
 
 # Frobenius normalisation leaves ||X||_2 <= 1; 1% above covers the rounding of a bf16 norm.
-_MARGIN = 1.01
+POLAR_MARGIN = 1.01
 
 
 def unit_max(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -53,7 +53,7 @@ def polar(
     Cost: steps * (4 s^2 l + 2 s^3) FLOPs, s and l the short and long side; a cubic step 4 s^2 l.
     """
     wide = matrix.shape[-2] < matrix.shape[-1]
-    x = unit_frobenius(matrix) / _MARGIN
+    x = unit_frobenius(matrix) / POLAR_MARGIN
     x = x.mT if wide else x
     x = x if precision is None else precision.cast(x)
     for a, b, c in coefficients.steps(steps):
@@ -133,7 +133,7 @@ class Polar:
         table = TABLES[self.coefficients]
         if self.accuracy == 0:
             return self.steps, table
-        lower = self.lower / _MARGIN  # the norm is divided out with this margin
+        lower = self.lower / POLAR_MARGIN  # the norm is divided out with this margin
         if table is not POLAR_EXPRESS:
             return steps_for(self.accuracy, lower, table), table
         steps = steps_for(self.accuracy, lower)

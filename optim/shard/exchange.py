@@ -1,66 +1,89 @@
-"""Gather -> compute -> scatter, as the plan says, on process groups."""
+"""Gather -> compute -> scatter, as the plan says: the only place where optimizer tensors are sent.
+
+A bucket is one `all_to_all_single` before its computation and one after it, with exact splits.
+While a bucket is computed, the next one's first collective and the last one's second are under way.
+"""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from geon.errors import UsageError
-from geon.optim.shard.layout import ColShard, Layout, Replicated, RowShard
-from geon.optim.shard.plan import Bucket, Matrix, Plan, Transport
-
-Operands = tuple[Tensor, ...]
-Compute = Callable[[Matrix, Operands], Tensor]
-"""(matrix of a batch of equals, stacked operands) -> stacked results of the same shape."""
-
-
-def locate(name: str, param: Tensor) -> tuple[Layout, str, dist.ProcessGroup | None]:
-    """Layout of a parameter, the key of its process group, and the group.
-
-    A plain tensor is whole on this rank. Vectors are seen as (1, n).
-
-    Raises:
-        UsageError: placements that no layout describes; names the parameter and the placements.
-    """
-    shape = _matrix_shape(tuple(param.shape))
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    if not isinstance(param, DTensor):
-        return Replicated(shape), "", None
-    mesh, placements = param.device_mesh, param.placements
-    sharded = [i for i, p in enumerate(placements) if not isinstance(p, Replicate)]
-    if not sharded:
-        return Replicated(shape), "", None
-    if len(sharded) > 1 or type(placements[sharded[0]]) is not Shard:
-        raise UsageError(
-            f"parameter '{name}' has placements {placements} on mesh {mesh}: known layouts are "
-            "replicated, Shard(0) and Shard(1) on one mesh dimension (parallel=ddp|fsdp|hsdp)"
-        )
-    axis, dim = sharded[0], placements[sharded[0]].dim  # type: ignore[attr-defined]
-    key = mesh.mesh_dim_names[axis] if mesh.mesh_dim_names else f"mesh dimension {axis}"
-    as_rows = dim == 0 and param.dim() == 2
-    layout = (RowShard if as_rows else ColShard)(shape, mesh.size(axis))
-    return layout, key, mesh.get_group(axis)
+from geon.errors import ExchangeError, UsageError
+from geon.optim.shard.arena import Arena
+from geon.optim.shard.layout import Piece
+from geon.optim.shard.matrix import FP32, Job, Matrix, Transport
+from geon.optim.shard.plan import Bucket, Plan
+from geon.optim.shard.script import (
+    SUMMED,
+    Script,
+    carried,
+    narrow,
+    sizes_in,
+    take_words,
+    view,
+    write_script,
+)
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    if len(shape) == 2:
-        return shape[0], shape[1]
-    if len(shape) < 2:
-        return 1, shape[0] if shape else 1
-    raise UsageError(f"a weight of shape {shape} is not a matrix")
+class Work(Protocol):
+    """The mathematics of a step; tensors of the exchange are fp32."""
+
+    def operand(self, matrix: Matrix, index: int) -> Tensor:
+        """Flat storage of this rank's part of the parameter: 0 the update, 1 the weight."""
+
+    def solve(self, jobs: Sequence[Job], operands: tuple[Tensor, ...], counts: bool) -> Tensor:
+        """Results (batch, rows, cols) for a batch of matrices, or pieces, of one rule and shape.
+
+        counts: whether this rank is the one that takes note of them in the log.
+        """
+
+    def row_state(self, matrix: Matrix) -> Tensor:
+        """One number a row that travels with a result; written in place on arrival."""
+
+    def partial(self, jobs: Sequence[Job], rank: int) -> list[Tensor]:
+        """This rank's sums for each job."""
+
+    def combine(
+        self, jobs: Sequence[Job], sums: Sequence[dict[int, Tensor]], rank: int
+    ) -> list[dict[int, Tensor]]:
+        """Coefficients for each rank that takes part, from the sums by rank."""
+
+    def apply(self, jobs: Sequence[Job], coefficients: Sequence[Tensor], rank: int) -> None:
+        """Write what follows from the coefficients."""
+
+    def write(self, matrix: Matrix, piece: Piece, result: Tensor) -> None:
+        """Take a piece of a result."""
 
 
-def all_gather_single(output: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Gather equal pieces; torch 2.13 renamed the function."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(output, own, group=group)
+@dataclass
+class _Flight:
+    """A bucket under way."""
+
+    index: int
+    bucket: Bucket
+    script: Script
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    coefficients: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By job and receiver."""
+    handle: "_Handle | None" = None
+
+
+@dataclass
+class _Handle:
+    work: dist.Work | None
+    received: Tensor
+    sizes: list[int]
+    sent: Tensor
+    """Kept until the collective is over."""
 
 
 class Exchange:
-    """Runs a plan: the only place where optimizer tensors are sent.
+    """Runs a plan.
 
     Attributes:
         plan: what is sent, decided beforehand.
@@ -68,120 +91,285 @@ class Exchange:
         collectives: collectives issued so far.
     """
 
-    def __init__(self, plan: Plan, groups: Mapping[str, dist.ProcessGroup | None]) -> None:
+    def __init__(self, plan: Plan, arena: Arena | None = None) -> None:
         self.plan = plan
+        self.arena = arena or Arena()
         self.bytes_sent = 0
         self.collectives = 0
-        self._groups = dict(groups)
-        self._ranks = {
-            key: 0 if group is None else dist.get_rank(group) for key, group in groups.items()
-        }
+        if plan.jobs and plan.ranks != self.arena.size:
+            raise UsageError(
+                f"the plan is for {plan.ranks} ranks, but {self.arena.size} step together"
+            )
         self._check_agreement()
-
-    def rank_in(self, group: str) -> int:
-        """This process's rank in the group of this key."""
-        return self._ranks[group]
+        rank, alone = self.arena.rank, plan.wishes.reproducible
+        self._scripts = [write_script(bucket, rank, alone) for bucket in plan.buckets]
 
     def _check_agreement(self) -> None:
         """Compare plans across ranks before the first byte is sent.
 
         Raises:
-            UsageError: on every rank, when any rank planned something else.
+            UsageError: on every rank, naming the first parameter that they planned differently.
         """
-        mine = int(self.plan.digest()[:15], 16)
-        for key, group in self._groups.items():
-            if group is None:
-                continue
-            bounds = torch.tensor([mine, -mine], device=_device_of(group))
-            dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
-            if bounds[0].item() != -bounds[1].item():
-                raise UsageError(
-                    f"ranks of '{key}' planned different exchanges (this one: {mine:x}): "
-                    "they were started with different configs or models"
-                )
+        if self.arena.group is None or self.arena.size == 1:
+            return
+        mine = int(self.plan.digest[:15], 16)
+        bounds = torch.tensor([mine, -mine], device=self.arena.device)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.arena.group)
+        if bounds[0].item() == -bounds[1].item():
+            return
+        everyone: list[dict[str, str]] = [{}] * self.arena.size
+        dist.all_gather_object(everyone, self.plan.digests(), group=self.arena.group)
+        names = list(dict.fromkeys(name for one in everyone for name in one))
+        first = next((n for n in names if len({one.get(n) for one in everyone}) > 1), names[0])
+        odd = [r for r, one in enumerate(everyone) if one.get(first) != everyone[0].get(first)]
+        raise UsageError(
+            f"ranks planned different exchanges: parameter '{first}' differs on rank "
+            f"{', '.join(map(str, odd)) or '?'} from rank 0 (this one is {self.arena.rank}); start "
+            "all ranks with one config, model and shard.* settings"
+        )
 
-    def run(
-        self,
-        operands: Callable[[Matrix], Operands],
-        compute: Compute,
-        finish: Callable[[Matrix, Tensor], Tensor],
-        write: Callable[[Matrix, Tensor], None],
-    ) -> None:
+    def run(self, work: Work, meanwhile: Callable[[], None] | None = None) -> None:
         """Step every matrix of the plan.
 
-        operands: local pieces (own region) of the tensors a matrix's step needs.
-        compute: the step on whole matrices, stacked over equal shapes, scales and rules.
-        finish: what is done to one whole result, e.g. with state that each matrix has of its own.
-        write: takes the own region of the result.
+        meanwhile: called once, while the first bucket travels.
         """
-        for bucket in self.plan.buckets:
-            rank = self._ranks[bucket.group]
-            local = bucket.transport is Transport.LOCAL
-            # What this rank holds nothing of is stepped here only where everybody steps it.
-            members = [m for m in bucket.matrices if not local or m.region(rank).numel]
-            pieces = [operands(m) for m in members]
-            whole = pieces if local else self._gather(bucket, rank, pieces)
-            results = _batched(members, whole, compute)
-            for matrix, result in zip(members, results, strict=True):
-                done, region = finish(matrix, result), matrix.region(rank)
-                if region.numel:
-                    write(matrix, done if local else done[region.slices])
+        landing: _Flight | None = None
+        buckets = list(enumerate(self.plan.buckets))
+        flight = self._depart(*buckets[0], work) if buckets else None
+        if meanwhile is not None:
+            meanwhile()
+        for following in [*buckets[1:], None]:
+            assert flight is not None
+            self._arrive(flight)
+            ahead = self._depart(*following, work) if following is not None else None
+            self._compute(flight, work)
+            if landing is not None:
+                self._land(landing, work)
+            landing, flight = flight, ahead
+        if landing is not None:
+            self._land(landing, work)
 
-    def _gather(self, bucket: Bucket, rank: int, pieces: Sequence[Operands]) -> list[Operands]:
-        """Make every operand of a bucket whole on every rank, in one collective.
+    # The four phases of a bucket.
 
-        Equal contributions take all_gather; uneven ones take all_to_all with exact splits, so
-        that nothing is padded.
-        """
-        group = self._groups[bucket.group]
-        send = torch.cat([piece.reshape(-1) for operand in pieces for piece in operand])
-        sizes = [bucket.elements(r) for r in range(bucket.ranks)]
-        received = send.new_empty(sum(sizes))
-        if len(set(sizes)) == 1:
-            all_gather_single(received, send, group)
-        else:
-            dist.all_to_all_single(
-                received, send.repeat(bucket.ranks), sizes, [sizes[rank]] * bucket.ranks, group
-            )
-        self.bytes_sent += send.numel() * send.element_size() * (bucket.ranks - 1)
-        self.collectives += 1
-        return _unpack(bucket, received)
-
-
-def _unpack(bucket: Bucket, received: Tensor) -> list[Operands]:
-    """Put each rank's pieces where they belong in the whole matrices."""
-    whole = [tuple(received.new_empty(m.shape) for _ in range(m.operands)) for m in bucket.matrices]
-    offset = 0
-    for rank in range(bucket.ranks):
-        for matrix, targets in zip(bucket.matrices, whole, strict=True):
-            region = matrix.region(rank)
-            if not region.numel:
+    def _depart(self, index: int, bucket: Bucket, work: Work) -> _Flight:
+        """Send pieces and sums to who computes."""
+        flight = _Flight(index, bucket, self._scripts[index])
+        script, rank = flight.script, self.arena.rank
+        if script.summed:
+            found = work.partial(script.summed, rank)
+            flight.sums = {id(job): own for job, own in zip(script.summed, found, strict=True)}
+        if not bucket.gathers:
+            return flight
+        parts: list[list[Tensor]] = [[] for _ in range(self.arena.size)]
+        for receiver, job in script.sends:
+            if job.transport in SUMMED:
+                parts[receiver].append(flight.sums[id(job)])
                 continue
-            for target in targets:
-                piece = received[offset : offset + region.numel]
-                target[region.slices] = piece.view(region.shape)
-                offset += region.numel
-    return whole
+            for index_, size in enumerate(sizes_in(job.matrix)):
+                flat = work.operand(job.matrix, index_)
+                for piece in job.matrix.holding.pieces[rank]:
+                    parts[receiver].append(narrow(view(flat, piece), size))
+        sizes = [0] * self.arena.size
+        for sender, job in script.receives:
+            sizes[sender] += job.bytes_down(sender)
+        flight.handle = self._send(flight, "gather", parts, sizes, script.half[0])
+        return flight
 
+    def _arrive(self, flight: _Flight) -> None:
+        if flight.handle is not None:
+            self._wait(flight, "gather")
 
-def _batched(
-    matrices: Sequence[Matrix], operands: Sequence[Operands], compute: Compute
-) -> list[Tensor]:
-    """Compute equal shapes and scales of one rule in one batch; results in the order given."""
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for i, (matrix, tensors) in enumerate(zip(matrices, operands, strict=True)):
-        alike[(matrix.rule, matrix.shape, matrix.scale, tensors[0].shape)].append(i)
-    results: list[Tensor | None] = [None] * len(matrices)
-    for members in alike.values():
-        count = matrices[members[0]].operands
-        stacked = tuple(torch.stack([operands[i][k] for i in members]) for k in range(count))
-        for i, result in zip(members, compute(matrices[members[0]], stacked).unbind(), strict=True):
-            results[i] = result
-    return results  # type: ignore[return-value]
+    def _compute(self, flight: _Flight, work: Work) -> None:
+        """Compute what this rank owns, and send the results off."""
+        script, rank = flight.script, self.arena.rank
+        incoming = self._unpack_gather(flight)
+        results: dict[int, Tensor] = {}
+        for jobs in script.batches:
+            operands = self._assemble(jobs, incoming, work)
+            counted = jobs[0].owner == rank
+            found = work.solve(jobs, operands, counted)
+            for job, result in zip(jobs, found.unbind(), strict=True):
+                results[id(job)] = self._round(job, result)
+        for jobs in script.owned_sums:
+            sums = [{**incoming.get(id(job), {}), **self._own_sums(flight, job)} for job in jobs]
+            for job, back in zip(jobs, work.combine(jobs, sums, rank), strict=True):
+                for receiver, words in back.items():
+                    flight.coefficients[id(job), receiver] = words
+        flight.handle = None
+        if flight.bucket.scatters:
+            self._return(flight, results, work)
+        for jobs in script.batches:
+            for job in jobs:
+                for piece in job.matrix.holding.pieces[rank]:
+                    work.write(job.matrix, piece, results[id(job)][piece.region.slices])
+        self._local(script.local, work)
 
+    def _land(self, flight: _Flight, work: Work) -> None:
+        """Take results from their owners."""
+        script, rank = flight.script, self.arena.rank
+        if flight.handle is not None:
+            received = self._wait(flight, "scatter")
+            at = 0
+            for _, job in script.arrivals:
+                at = self._take(flight, job, received, at, work)
+        if script.summed:
+            nothing = torch.empty(0, device=self.arena.device)  # all its rows are its own
+            found = [flight.coefficients.get((id(job), rank), nothing) for job in script.summed]
+            work.apply(script.summed, found, rank)
 
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    backend = dist.get_backend(group)
-    if "nccl" in backend:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    # Packing.
+
+    def _own_sums(self, flight: _Flight, job: Job) -> dict[int, Tensor]:
+        own = flight.sums.get(id(job))
+        # Copies hold the same sums; whoever was to send them to the owner counts, once.
+        return {} if own is None else {self.arena.rank: own}
+
+    def _unpack_gather(self, flight: _Flight) -> dict[int, dict[int, Tensor]]:
+        """Job -> sender -> its words, of both operands one after the other, in fp32."""
+        incoming: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        if flight.handle is None:
+            return incoming
+        half, received, at = flight.script.half[0], flight.handle.received, 0
+        for sender, job in flight.script.receives:
+            parts = []
+            summed = job.transport in SUMMED
+            for size in (FP32,) if summed else sizes_in(job.matrix):
+                words = job.words_down(sender)
+                part, at = take_words(received, at, words, size, half)
+                parts.append(part)
+            incoming[id(job)][sender] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return incoming
+
+    def _assemble(
+        self, jobs: Sequence[Job], incoming: dict[int, dict[int, Tensor]], work: Work
+    ) -> tuple[Tensor, ...]:
+        """Whole operands of a batch, stacked."""
+        matrix, rank = jobs[0].matrix, self.arena.rank
+        first = work.operand(matrix, 0)
+        operands = tuple(
+            first.new_empty((len(jobs), *matrix.shape)) for _ in range(matrix.operands)
+        )
+        for i, job in enumerate(jobs):
+            for k, whole in enumerate(operands):
+                target = whole[i]
+                flat = work.operand(job.matrix, k)
+                for piece in job.matrix.holding.pieces[rank]:
+                    own = view(flat, piece)
+                    target[piece.region.slices] = self._as_sent(job, own, k)
+                for sender, words in incoming.get(id(job), {}).items():
+                    at = k * job.matrix.holding.words[sender]
+                    for piece in job.matrix.holding.pieces[sender]:
+                        region = piece.region
+                        block = words[at : at + region.numel].view(region.shape)
+                        target[region.slices] = block
+                        at += region.numel
+        return operands
+
+    def _as_sent(self, job: Job, own: Tensor, index: int) -> Tensor:
+        """Own pieces are rounded like sent ones, so that every rank computes the same."""
+        if job.transport is Transport.LOCAL or sizes_in(job.matrix)[index] == FP32:
+            return own
+        return own.bfloat16()
+
+    def _round(self, job: Job, result: Tensor) -> Tensor:
+        """The owner's own part is rounded like the parts it sends: copies must stay equal."""
+        if job.transport is Transport.OWNER and job.matrix.bytes_out != FP32:
+            return result.bfloat16().to(result.dtype)
+        return result
+
+    def _return(self, flight: _Flight, results: dict[int, Tensor], work: Work) -> None:
+        parts: list[list[Tensor]] = [[] for _ in range(self.arena.size)]
+        for receiver, job in flight.script.returns:
+            if job.transport in SUMMED:
+                parts[receiver].append(flight.coefficients[id(job), receiver])
+                continue
+            if job.matrix.row_state:
+                parts[receiver].append(work.row_state(job.matrix))
+            for piece in job.matrix.holding.pieces[receiver]:
+                own = results[id(job)][piece.region.slices]
+                parts[receiver].append(narrow(own, job.matrix.bytes_out))
+        sizes = [0] * self.arena.size
+        for sender, job in flight.script.arrivals:
+            sizes[sender] += job.bytes_up(self.arena.rank)
+        flight.handle = self._send(flight, "scatter", parts, sizes, flight.script.half[1])
+
+    def _take(self, flight: _Flight, job: Job, received: Tensor, at: int, work: Work) -> int:
+        half, rank = flight.script.half[1], self.arena.rank
+        if job.transport in SUMMED:
+            words, at = take_words(received, at, job.matrix.sum_words(rank)[1], FP32, half)
+            flight.coefficients[id(job), rank] = words
+            return at
+        if job.matrix.row_state:
+            rows, at = take_words(received, at, job.matrix.shape[0], FP32, half)
+            work.row_state(job.matrix).copy_(rows)
+        for piece in job.matrix.holding.pieces[rank]:
+            words, at = take_words(received, at, piece.region.numel, job.matrix.bytes_out, half)
+            work.write(job.matrix, piece, words.view(piece.region.shape))
+        return at
+
+    def _local(self, jobs: Sequence[Job], work: Work) -> None:
+        """Step what needs nothing from others, pieces of equal shapes together."""
+        rank = self.arena.rank
+        alike: dict[object, list[tuple[Job, Piece]]] = defaultdict(list)
+        for job in jobs:
+            for piece in job.matrix.holding.pieces[rank]:
+                alone = id(job) if self.plan.wishes.reproducible else 0
+                key = (job.matrix.rule, job.matrix.shape, job.matrix.scale, piece.region.shape)
+                counted = job.owner == rank
+                alike[key, counted, alone].append((job, piece))
+        for (_, counted, _), members in alike.items():  # type: ignore[misc]
+            matrix = members[0][0].matrix
+            operands = tuple(
+                torch.stack([view(work.operand(job.matrix, k), piece) for job, piece in members])
+                for k in range(matrix.operands)
+            )
+            found = work.solve([job for job, _ in members], operands, counted)
+            for (job, piece), result in zip(members, found.unbind(), strict=True):
+                work.write(job.matrix, piece, result)
+
+    # Sending.
+
+    def _send(
+        self,
+        flight: _Flight,
+        phase: str,
+        parts: Sequence[Sequence[Tensor]],
+        receive_bytes: Sequence[int],
+        half: bool,
+    ) -> _Handle:
+        """Start one all_to_all_single with exact splits."""
+        dtype = torch.bfloat16 if half else torch.float32
+        unit = dtype.itemsize
+        flat = [[carried(t, dtype) for t in one] for one in parts]
+        send_sizes = [sum(t.numel() for t in one) for one in flat]
+        tensors = [t for one in flat for t in one]
+        device = self.arena.device
+        sent = torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype, device=device)
+        sizes = [size // unit for size in receive_bytes]
+        received = torch.empty(sum(sizes), dtype=dtype, device=device)
+        self.bytes_sent += sent.numel() * unit
+        self.collectives += 1
+        try:
+            work = dist.all_to_all_single(
+                received, sent, sizes, send_sizes, group=self.arena.group, async_op=True
+            )
+        except RuntimeError as error:
+            raise self._failure(flight, phase, error) from error
+        return _Handle(work, received, sizes, sent)
+
+    def _wait(self, flight: _Flight, phase: str) -> Tensor:
+        assert flight.handle is not None
+        try:
+            if flight.handle.work is not None:
+                flight.handle.work.wait()
+        except RuntimeError as error:
+            raise self._failure(flight, phase, error) from error
+        return flight.handle.received
+
+    def _failure(self, flight: _Flight, phase: str, error: Exception) -> ExchangeError:
+        reason = str(error).strip().splitlines()[0]
+        return ExchangeError(
+            f"rank {self.arena.rank}: the {phase} (all_to_all_single) of bucket {flight.index} of "
+            f"{len(self.plan.buckets)} ({flight.bucket.describe()}) failed: another rank ended, or "
+            f"took longer than parallel.timeout_seconds. {reason}"
+        )

@@ -1,7 +1,10 @@
-"""Which region of a logical matrix each rank of a process group stores. No torch in here."""
+"""Which boxes of a matrix each rank stores, and where in its storage. No torch in here."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 Interval = tuple[int, int]
 
@@ -28,41 +31,37 @@ class Region:
         """Index of the box in the whole matrix."""
         return slice(*self.rows), slice(*self.cols)
 
-    def of_box(self, box: "Region") -> "Region":
-        """What this box holds of another, in coordinates of the other."""
-        return Region(_overlap(self.rows, box.rows), _overlap(self.cols, box.cols))
 
-    def local(self, box: "Region") -> "Region":
-        """Where what this box holds of another lies in the tensor that stores this box."""
-        held = self.of_box(box)
-        return Region(
-            _shift(held.rows, box.rows[0] - self.rows[0]),
-            _shift(held.cols, box.cols[0] - self.cols[0]),
-        )
+@dataclass(frozen=True)
+class Piece:
+    """A box of a matrix in the storage of a rank.
+
+    Attributes:
+        region: the box, in coordinates of the matrix.
+        offset: place of its first entry in the rank's flattened storage.
+        stride: entries of the storage from one row of the box to the next.
+    """
+
+    region: Region
+    offset: int
+    stride: int
+
+    def within(self, box: Region) -> "Piece | None":
+        """What the piece holds of a box, in coordinates of the box; None when nothing."""
+        rows, cols = _overlap(self.region.rows, box.rows), _overlap(self.region.cols, box.cols)
+        if rows[0] >= rows[1] or cols[0] >= cols[1]:
+            return None
+        down, right = rows[0] - self.region.rows[0], cols[0] - self.region.cols[0]
+        region = Region(_shift(rows, -box.rows[0]), _shift(cols, -box.cols[0]))
+        return Piece(region, self.offset + down * self.stride + right, self.stride)
 
 
-def _overlap(own: Interval, other: Interval) -> Interval:
-    """Intersection of two intervals, counted from the start of the other."""
-    start = min(max(own[0], other[0]), other[1])
-    stop = max(min(own[1], other[1]), start)
-    return start - other[0], stop - other[0]
+def _overlap(a: Interval, b: Interval) -> Interval:
+    return max(a[0], b[0]), min(a[1], b[1])
 
 
 def _shift(interval: Interval, by: int) -> Interval:
-    """The interval moved; an empty one at the origin, since it lies nowhere."""
-    empty = interval[0] == interval[1]
-    return (0, 0) if empty else (interval[0] + by, interval[1] + by)
-
-
-class Layout(ABC):
-    """How a matrix of `shape` lies over `ranks` ranks. One class per way of cutting."""
-
-    shape: tuple[int, int]
-    ranks: int
-
-    @abstractmethod
-    def region(self, rank: int) -> Region:
-        """The box that `rank` stores."""
+    return interval[0] + by, interval[1] + by
 
 
 def chunk(length: int, ranks: int, rank: int) -> Interval:
@@ -71,37 +70,204 @@ def chunk(length: int, ranks: int, rank: int) -> Interval:
     return min(rank * step, length), min((rank + 1) * step, length)
 
 
-@dataclass(frozen=True)
-class Replicated(Layout):
-    """Every rank stores the whole matrix (one process, DDP)."""
-
-    shape: tuple[int, int]
-    ranks: int = 1
-
-    def region(self, rank: int) -> Region:
-        """Everything."""
-        return Region((0, self.shape[0]), (0, self.shape[1]))
-
-
-@dataclass(frozen=True)
-class RowShard(Layout):
-    """Rows cut as FSDP2's Shard(0) cuts them: uneven and empty shards occur."""
+class Layout(ABC):
+    """How a parameter, seen as a matrix of `shape`, lies over `ranks` ranks."""
 
     shape: tuple[int, int]
     ranks: int
 
-    def region(self, rank: int) -> Region:
-        """A run of rows."""
-        return Region(chunk(self.shape[0], self.ranks, rank), (0, self.shape[1]))
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A word or two for tables."""
+
+    @abstractmethod
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """The disjoint, non-empty boxes that `rank` stores, in the order of its storage."""
 
 
 @dataclass(frozen=True)
-class ColShard(Layout):
-    """Columns cut as Shard(1) cuts them; also a vector (1, n) under Shard(0)."""
+class Grid(Layout):
+    """A tensor cut by the dimensions of a device mesh, as FSDP2 and tensor parallelism cut it.
+
+    Rank r has the row-major coordinates of r in the mesh. Each cut takes the `torch.chunk` of what
+    the cuts before it left: uneven and empty shards occur. Dimensions that cut nothing hold copies.
+
+    Attributes:
+        tensor: shape of the stored parameter: a scalar or vector (seen as one row), a matrix, or a
+            batch of matrices (seen as one below the other).
+        mesh: sizes of the mesh dimensions.
+        cuts: (mesh dimension, axis of the tensor), in the order in which they were made: tensor
+            parallelism first, then FSDP, whatever their order in the mesh (`_StridedShard`).
+    """
+
+    tensor: tuple[int, ...]
+    mesh: tuple[int, ...] = (1,)
+    cuts: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...], ranks: int = 1) -> "Grid":
+        """Every rank has a copy (one process, DDP)."""
+        return cls(shape, (ranks,))
+
+    @classmethod
+    def rows(cls, shape: tuple[int, ...], ranks: int) -> "Grid":
+        """Axis 0 is cut: FSDP2's Shard(0)."""
+        return cls(shape, (ranks,), ((0, 0),))
+
+    @classmethod
+    def cols(cls, shape: tuple[int, ...], ranks: int) -> "Grid":
+        """The last axis is cut."""
+        return cls(shape, (ranks,), ((0, max(0, len(shape) - 1)),))
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """Of the parameter as a matrix."""
+        batch, rows, cols = self._stacked
+        return batch * rows, cols
+
+    @cached_property
+    def ranks(self) -> int:  # type: ignore[override]
+        """All coordinates of the mesh."""
+        return math.prod(self.mesh)
+
+    @cached_property
+    def _stacked(self) -> tuple[int, int, int]:
+        """(batch, rows, cols)."""
+        sizes = (1,) * (3 - len(self.tensor)) + self.tensor
+        return sizes[0], sizes[1], sizes[2]
+
+    @property
+    def name(self) -> str:
+        """E.g. 'rows/4', 'rows/2 cols/2', 'whole', 'cols/2 x2' with two copies."""
+        axes = ("batch", "rows", "cols")[3 - max(1, len(self.tensor)) :]
+        ways: dict[str, int] = {}
+        for dim, axis in self.cuts:
+            ways[axes[axis]] = ways.get(axes[axis], 1) * self.mesh[dim]
+        text = " ".join(f"{axis}/{count}" for axis, count in ways.items() if count > 1) or "whole"
+        copies = self.ranks // math.prod(ways.values())
+        return f"{text} x{copies}" if copies > 1 else text
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """One box, or one a matrix when a batch is cut inside its matrices."""
+        batch, rows, cols = self._intervals(rank)
+        height, width = rows[1] - rows[0], cols[1] - cols[0]
+        if not (batch[1] - batch[0]) * height * width:
+            return ()
+        full = self._stacked[1]
+        if height == full:  # whole matrices lie one below the other
+            return (Piece(Region((batch[0] * full, batch[1] * full), cols), 0, width),)
+        return tuple(
+            Piece(Region(_shift(rows, b * full), cols), (b - batch[0]) * height * width, width)
+            for b in range(*batch)
+        )
+
+    def _intervals(self, rank: int) -> list[Interval]:
+        place, own = [0] * len(self.mesh), rank
+        for dim in reversed(range(len(self.mesh))):
+            own, place[dim] = divmod(own, self.mesh[dim])
+        intervals: list[Interval] = [(0, size) for size in self._stacked]
+        for dim, axis in self.cuts:
+            at = axis + 3 - max(1, len(self.tensor))
+            start, stop = intervals[at]
+            intervals[at] = _shift(chunk(stop - start, self.mesh[dim], place[dim]), start)
+        return intervals
+
+
+@dataclass(frozen=True)
+class Flat(Layout):
+    """Runs of `step` entries of the flattened matrix, row by row: DeepSpeed's ZeRO partitions.
+
+    A run is up to three boxes: the end of a row, whole rows, the start of a row.
+    """
 
     shape: tuple[int, int]
     ranks: int
+    step: int
 
-    def region(self, rank: int) -> Region:
-        """A run of columns."""
-        return Region((0, self.shape[0]), chunk(self.shape[1], self.ranks, rank))
+    @property
+    def name(self) -> str:
+        """Flat, and over how many ranks."""
+        return f"flat/{self.ranks}"
+
+    def run(self, rank: int) -> Interval:
+        """Interval of the flattened matrix that `rank` stores."""
+        total = self.shape[0] * self.shape[1]
+        return min(rank * self.step, total), min((rank + 1) * self.step, total)
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """Up to three boxes."""
+        return tuple(self._boxes(*self.run(rank)))
+
+    def _boxes(self, start: int, stop: int) -> Iterator[Piece]:
+        width, at = self.shape[1], start
+        while at < stop:
+            row, col = divmod(at, width)
+            if col or stop - at < width:  # part of one row
+                end = min(stop, (row + 1) * width)
+                region = Region((row, row + 1), (col, col + end - at))
+            else:
+                last = stop // width
+                end, region = last * width, Region((row, last), (0, width))
+            yield Piece(region, at - start, width)
+            at = end
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Who stores what of one matrix (a box of a parameter).
+
+    Attributes:
+        box: of the parameter.
+        pieces: of each rank, in coordinates of the matrix.
+        words: entries that each rank stores.
+        copies: ranks that store the same pieces, for each set of pieces that is stored at all.
+        index: position of each rank in its copies; of a rank that stores nothing, its turn.
+    """
+
+    box: Region
+    pieces: tuple[tuple[Piece, ...], ...]
+    words: tuple[int, ...]
+    copies: tuple[tuple[int, ...], ...]
+    index: tuple[int, ...]
+
+    @cached_property
+    def of(self) -> dict[int, tuple[int, ...]]:
+        """The copies that a rank belongs to; ranks that store nothing are left out."""
+        return {rank: ranks for ranks in self.copies for rank in ranks}
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether every rank that stores any of it stores all of it."""
+        return len(self.copies) == 1
+
+    def source(self, copies: tuple[int, ...], receiver: int) -> int:
+        """Which of the ranks that store the same sends it to `receiver`: spread over replicas."""
+        return copies[self.index[receiver] % len(copies)]
+
+    def spans(self, axis: int) -> bool:
+        """Whether each rank's pieces are one box that is whole along `axis` (0 rows, 1 columns)."""
+        whole = (0, self.box.shape[axis])
+        return all(
+            len(own) == 1 and (own[0].region.rows, own[0].region.cols)[axis] == whole
+            for own in self.pieces
+            if own
+        )
+
+
+@lru_cache(maxsize=4096)
+def holding(layout: Layout, box: Region) -> Holding:
+    """Clip a layout to a box."""
+    everyone = range(layout.ranks)
+    found = tuple(
+        tuple(kept for piece in layout.pieces(r) if (kept := piece.within(box))) for r in everyone
+    )
+    alike: dict[tuple[Region, ...], list[int]] = {}
+    index = []
+    for rank, own in enumerate(found):
+        members = alike.setdefault(tuple(piece.region for piece in own), [])
+        index.append(len(members))
+        members.append(rank)
+    words = tuple(sum(piece.region.numel for piece in own) for own in found)
+    copies = tuple(tuple(ranks) for regions, ranks in alike.items() if regions)
+    return Holding(box, found, words, copies, tuple(index))

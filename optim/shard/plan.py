@@ -1,4 +1,4 @@
-"""Which transport each matrix takes and what it costs: pure Python, no process group.
+"""What a step sends, computes and holds: buckets of jobs. Pure Python, no process group.
 
 The plan is made before anything is sent, is printed by `mode=plan`, and the exchange follows it
 to the byte.
@@ -6,124 +6,103 @@ to the byte.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from geon.optim.norms import Reach
-from geon.optim.shard.layout import Layout, Region
-
-
-class Transport(StrEnum):
-    """How a matrix becomes whole enough to be stepped."""
-
-    LOCAL = "local"
-    """Every rank already holds what it needs. Nothing is sent."""
-    ALLGATHER = "allgather"
-    """Every rank gathers the whole matrix and computes the same step: (P-1)/P N e bytes."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix to step: a parameter, one of the parts fused in it, or a head's block.
-
-    Attributes:
-        param: name of the parameter.
-        box: rows and columns of the parameter that are this matrix.
-        layout: of the parameter, over the ranks of `group`.
-        group: key of the process group that the parameter is sharded over.
-        rule: name of its rule.
-        reach: how much must be whole on a rank.
-        operands: tensors a step needs whole: 1 (the update), or 2 (the weight too).
-        element_bytes: bytes of one entry on the wire.
-        flops: FLOPs of the step on the whole matrix.
-        orthogonalizes: whether the step takes a polar factor.
-        scale: size of this matrix over the one that its rule gives to a matrix of its shape; not 1
-            for a head's block only.
-    """
-
-    param: str
-    box: Region
-    layout: Layout
-    group: str
-    rule: str
-    reach: Reach
-    operands: int
-    element_bytes: int
-    flops: int
-    orthogonalizes: bool
-    scale: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """Parameter name, with the rows and columns when it is only a part of it."""
-        rows, cols = (f"{start}:{stop}" for start, stop in (self.box.rows, self.box.cols))
-        if self.box.shape == self.layout.shape:
-            return self.param
-        if self.shape[1] == self.layout.shape[1]:
-            return f"{self.param}[{rows}]"
-        tall = self.shape[0] == self.layout.shape[0]
-        return f"{self.param}[{':' if tall else rows}, {cols}]"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the whole matrix."""
-        return self.box.shape
-
-    def region(self, rank: int) -> Region:
-        """What `rank` stores of this matrix, in its own coordinates."""
-        return self._regions[rank]
-
-    def local(self, rank: int) -> Region:
-        """Where that lies in the tensor that `rank` stores of the parameter."""
-        return self._locals[rank]
-
-    @cached_property
-    def _regions(self) -> tuple[Region, ...]:
-        return tuple(self.layout.region(r).of_box(self.box) for r in range(self.layout.ranks))
-
-    @cached_property
-    def _locals(self) -> tuple[Region, ...]:
-        return tuple(self.layout.region(r).local(self.box) for r in range(self.layout.ranks))
+from geon.optim.shard.cost import Machine, lower_bound_words
+from geon.optim.shard.matrix import Job, Matrix, Transport
+from geon.optim.shard.wishes import Wishes
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices that travel together: one collective, or none when local."""
+    """Matrices that travel together: one collective each way, or none when all are local."""
 
-    transport: Transport
-    group: str
+    jobs: tuple[Job, ...]
     ranks: int
-    matrices: tuple[Matrix, ...]
 
-    def elements(self, rank: int) -> int:
-        """Entries that `rank` contributes, over all operands."""
-        return sum(m.region(rank).numel * m.operands for m in self.matrices)
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The matrices alone."""
+        return tuple(job.matrix for job in self.jobs)
 
-    def bytes_of(self, matrix: Matrix, rank: int) -> int:
-        """Bytes that `rank` sends to others for one of the matrices, in one step."""
-        if self.transport is Transport.LOCAL:
-            return 0
-        piece = matrix.region(rank).numel * matrix.operands * matrix.element_bytes
-        return piece * (self.ranks - 1)
+    @property
+    def local(self) -> bool:
+        """Whether nothing travels."""
+        return all(job.transport is Transport.LOCAL for job in self.jobs)
 
-    def bytes_sent(self, rank: int) -> int:
-        """Bytes that `rank` sends to others for one step."""
-        return sum(self.bytes_of(m, rank) for m in self.matrices)
+    @cached_property
+    def loads(self) -> list["Load"]:
+        """What each rank sends, computes and holds."""
+        loads = [Load() for _ in range(self.ranks)]
+        for job in self.jobs:
+            add(loads, job)
+        return loads
+
+    @property
+    def gathers(self) -> bool:
+        """Whether anything travels before the computation."""
+        return any(load.gather_sent for load in self.loads)
+
+    @property
+    def scatters(self) -> bool:
+        """Whether anything travels after it."""
+        return any(load.scatter_sent for load in self.loads)
 
     @property
     def collectives(self) -> int:
-        """Collectives issued for one step."""
-        return 0 if self.transport is Transport.LOCAL else 1
+        """Collectives issued for one step: at most one each way."""
+        return int(self.gathers) + int(self.scatters)
 
-    def buffer_bytes(self) -> int:
-        """Peak scratch on a rank: send buffer, receive buffer and the whole operands."""
-        if self.transport is Transport.LOCAL:
-            return 0
-        whole = sum(m.shape[0] * m.shape[1] * m.operands * m.element_bytes for m in self.matrices)
-        return 2 * whole + max(self.bytes_sent(r) for r in range(self.ranks)) // (self.ranks - 1)
+    def describe(self) -> str:
+        """For messages: how many matrices of which transport, and the first one's name."""
+        kinds = dict.fromkeys(str(job.transport) for job in self.jobs)
+        return f"{len(self.jobs)} matrices by {'+'.join(kinds)}, first '{self.matrices[0].name}'"
+
+
+@dataclass
+class Load:
+    """Bytes and FLOPs of one rank in a bucket."""
+
+    gather_sent: int = 0
+    gather_received: int = 0
+    scatter_sent: int = 0
+    scatter_received: int = 0
+    work_bytes: int = 0
+    flops: int = 0
+    half_flops: int = 0
+
+    def seconds(self, machine: Machine) -> float:
+        """Time of the computation; `flops` includes those in bf16."""
+        full = self.flops - self.half_flops
+        return full / machine.flops + self.half_flops / machine.half_flops
+
+    @property
+    def sent(self) -> int:
+        """Bytes sent in both directions."""
+        return self.gather_sent + self.scatter_sent
+
+    @property
+    def buffer(self) -> int:
+        """Peak scratch: all that is in flight, whole operands and results."""
+        return self.sent + self.gather_received + self.scatter_received + self.work_bytes
+
+
+def add(loads: Sequence[Load], job: Job) -> None:
+    """Add one job to the loads of a bucket."""
+    traffic = job.traffic
+    for name in ("gather_sent", "gather_received", "scatter_sent", "scatter_received"):
+        for rank, size in getattr(traffic, name).items():
+            setattr(loads[rank], name, getattr(loads[rank], name) + size)
+    # An owner works alone; otherwise everybody who stores some of the matrix does.
+    alone = job.transport is Transport.OWNER
+    for rank in (job.owner,) if alone else range(len(loads)):
+        loads[rank].work_bytes += job.work_bytes(rank)
+        flops = job.flops(rank)
+        loads[rank].flops += flops
+        loads[rank].half_flops += flops if job.half else 0
 
 
 @dataclass(frozen=True)
@@ -131,142 +110,163 @@ class Plan:
     """All buckets of a step, in order."""
 
     buckets: tuple[Bucket, ...]
+    ranks: int = 1
+    wishes: Wishes = field(default_factory=Wishes)
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """Every matrix with its transport and owner."""
+        return [job for bucket in self.buckets for job in bucket.jobs]
 
     @property
-    def matrices(self) -> list[tuple[Matrix, Bucket]]:
-        """Every matrix with its bucket."""
-        return [(m, b) for b in self.buckets for m in b.matrices]
+    def matrices(self) -> list[Matrix]:
+        """Every matrix."""
+        return [job.matrix for job in self.jobs]
 
     @property
     def orthogonalized(self) -> int:
         """Matrices whose polar factor is taken in a step."""
-        return sum(m.orthogonalizes for m, _ in self.matrices)
+        return sum(m.orthogonalizes for m in self.matrices)
 
-    def bytes_sent(self, rank: int) -> int:
-        """Bytes that the rank of this index in each group sends for one step."""
-        return sum(b.bytes_sent(rank) for b in self.buckets if rank < b.ranks)
+    @cached_property
+    def bytes_sent(self) -> list[int]:
+        """Bytes that each rank sends in one step."""
+        return [sum(b.loads[r].sent for b in self.buckets) for r in range(self.ranks)]
+
+    @cached_property
+    def flops(self) -> list[int]:
+        """FLOPs of each rank in one step."""
+        return [sum(b.loads[r].flops for b in self.buckets) for r in range(self.ranks)]
+
+    @cached_property
+    def owner_flops(self) -> list[int]:
+        """FLOPs of each rank as an owner: what the plan has to balance."""
+        loads = [0] * self.ranks
+        for job in self.jobs:
+            if job.scatters:
+                loads[job.owner] += job.owner_flops
+        return loads
+
+    @property
+    def peak_buffer(self) -> int:
+        """Largest scratch on a rank: two buckets are in flight at a time."""
+        peaks = [[load.buffer for load in b.loads] for b in self.buckets if not b.local]
+        if not peaks:
+            return 0
+        pairs = zip(peaks, [*peaks[1:], [0] * self.ranks], strict=True)
+        return max(a + b for one, two in pairs for a, b in zip(one, two, strict=True))
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of a step; the next bucket travels while this one is computed."""
+        machine, total, hidden = self.wishes.machine, 0.0, 0.0
+        for bucket in self.buckets:
+            before, after, work = phases(bucket, machine)
+            total += max(0.0, before - hidden) + work + after
+            hidden = work
+        return total
+
+    def lower_bound_words(self) -> float | None:
+        """Least words a rank sends on average for what is orthogonalized; None if not known."""
+        bounds = [lower_bound_words(m.holding) for m in self.matrices if m.orthogonalizes]
+        return None if None in bounds else sum(b for b in bounds if b is not None)
 
     def totals(self) -> dict[str, Any]:
         """Figures of the whole step."""
-        ranks = max((b.ranks for b in self.buckets), default=1)
+        owners = self.owner_flops
+        mean = sum(owners) / self.ranks
         return {
-            "ranks": ranks,
-            "matrices": len(self.matrices),
+            "ranks": self.ranks,
+            "matrices": len(self.jobs),
             "orthogonalized_per_step": self.orthogonalized,
+            "buckets": len(self.buckets),
             "collectives_per_step": sum(b.collectives for b in self.buckets),
-            "bytes_sent_per_rank": [self.bytes_sent(r) for r in range(ranks)],
-            "flops_per_rank": sum(m.flops for m, _ in self.matrices),
-            "peak_buffer_bytes": max((b.buffer_bytes() for b in self.buckets), default=0),
+            "bytes_sent_per_rank": self.bytes_sent,
+            "flops_per_rank": self.flops,
+            "owner_flop_balance": max(owners) / mean if mean else 1.0,
+            "peak_buffer_bytes": self.peak_buffer,
+            "padding_bytes": 0,
+            "predicted_seconds": self.seconds,
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a matrix."""
+        return [
+            {
+                "name": job.matrix.name,
+                "shape": list(job.matrix.shape),
+                "layout": job.matrix.layout.name,
+                "rule": job.matrix.rule,
+                "transport": str(job.transport),
+                "owner": job.owner,
+                "bucket": index,
+                "bytes_sent": job.traffic.total,
+                "flops": sum(job.flops(r) for r in range(self.ranks)),
+                "scale": job.matrix.scale,
+            }
+            for index, bucket in enumerate(self.buckets)
+            for job in bucket.jobs
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for JSON."""
-        rows = []
-        for index, bucket in enumerate(self.buckets):
-            for m in bucket.matrices:
-                rows.append(
-                    {
-                        "name": m.name,
-                        "shape": list(m.shape),
-                        "layout": type(m.layout).__name__,
-                        "rule": m.rule,
-                        "transport": str(bucket.transport),
-                        "bucket": index,
-                        "bytes_sent": [bucket.bytes_of(m, r) for r in range(bucket.ranks)],
-                        "flops": m.flops,
-                        "scale": m.scale,
-                    }
-                )
-        return {"totals": self.totals(), "matrices": rows}
+        return {"totals": self.totals(), "matrices": self.rows()}
 
+    def digests(self) -> dict[str, str]:
+        """Hash of each matrix's row, by name: where two ranks' plans differ, it says which."""
+        return {row["name"]: _hash(row) for row in self.rows()}
+
+    @cached_property
     def digest(self) -> str:
         """Hash that two ranks share exactly when their plans agree."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return _hash([self.ranks, self.rows()])
 
     def table(self) -> str:
         """One line per kind of matrix, and the totals."""
-        kinds: dict[tuple[str, ...], list[tuple[Matrix, Bucket]]] = {}
-        for m, bucket in self.matrices:
-            key = (m.rule, f"{m.shape[0]} x {m.shape[1]}", type(m.layout).__name__)
-            kinds.setdefault((*key, str(bucket.transport)), []).append((m, bucket))
+        kinds: dict[tuple[str, ...], list[Job]] = {}
+        for job in self.jobs:
+            m = job.matrix
+            key = (m.rule, f"{m.shape[0]} x {m.shape[1]}", m.layout.name, str(job.transport))
+            kinds.setdefault(key, []).append(job)
         lines = [
-            f"{'route':<10} {'matrix':<14} {'layout':<11} {'transport':<10} {'count':>5} "
-            f"{'KiB sent/rank':>14} {'MFLOP':>10}"
+            f"{'route':<10} {'matrix':<14} {'layout':<13} {'transport':<10} {'count':>5} "
+            f"{'owners':>6} {'KiB sent/rank':>14} {'GFLOP':>10}"
         ]
-        for (rule, shape, layout, transport), members in kinds.items():
-            sent = sum(b.bytes_of(m, rank=0) for m, b in members)
-            flops = sum(m.flops for m, _ in members)
+        for (rule, shape, layout, transport), jobs in kinds.items():
+            sent = sum(job.traffic.total for job in jobs) / self.ranks
+            flops = sum(job.flops(r) for job in jobs for r in range(self.ranks))
+            owners = len({job.owner for job in jobs}) if jobs[0].scatters else 0
             lines.append(
-                f"{rule:<10} {shape:<14} {layout:<11} {transport:<10} {len(members):>5} "
-                f"{sent / 1024:>14,.1f} {flops / 1e6:>10,.1f}"
+                f"{rule:<10} {shape:<14} {layout:<13} {transport:<10} {len(jobs):>5} "
+                f"{owners or '-':>6} {sent / 1024:>14,.1f} {flops / 1e9:>10,.3f}"
             )
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """The totals in words."""
         t = self.totals()
-        lines.append(
+        return (
             f"per step: {t['orthogonalized_per_step']} matrices orthogonalized, "
-            f"{t['collectives_per_step']} collectives over {t['ranks']} ranks, "
-            f"{max(t['bytes_sent_per_rank']) / 2**20:.2f} MiB sent by the busiest rank, "
-            f"{t['flops_per_rank'] / 1e9:.3f} GFLOP per rank, "
-            f"buffer at most {t['peak_buffer_bytes'] / 2**20:.2f} MiB"
+            f"{t['collectives_per_step']} collectives in {t['buckets']} buckets over {self.ranks} "
+            f"ranks, {max(self.bytes_sent) / 2**20:.2f} MiB sent by the busiest rank "
+            f"({sum(self.bytes_sent) / self.ranks / 2**20:.2f} on average), "
+            f"{max(self.flops) / 1e9:.3f} GFLOP on the busiest, owners balanced to "
+            f"{t['owner_flop_balance']:.2f}, buffers of {t['peak_buffer_bytes'] / 2**20:.2f} MiB "
+            f"at most, {1e3 * t['predicted_seconds']:.2f} ms predicted"
         )
-        return "\n".join(lines)
 
 
-def choose(matrix: Matrix) -> Transport:
-    """LOCAL when every rank's region already spans what the rule needs, else ALLGATHER."""
-    m, n = matrix.shape
-    for rank in range(matrix.layout.ranks):
-        region = matrix.region(rank)
-        if region.numel == 0 and matrix.reach is not Reach.MATRIX:
-            continue
-        if matrix.reach >= Reach.ROW and region.cols != (0, n):
-            return Transport.ALLGATHER
-        if matrix.reach is Reach.MATRIX and region.rows != (0, m):
-            return Transport.ALLGATHER
-    return Transport.LOCAL
+def phases(bucket: Bucket, machine: Machine) -> tuple[float, float, float]:
+    """Seconds before, after and of the computation, of the busiest rank in each."""
+
+    def travel(bytes_: Callable[[Load], int], happens: bool) -> float:
+        most = max(bytes_(load) for load in bucket.loads)
+        return machine.latency + most / machine.bandwidth if happens else 0.0
+
+    before = travel(lambda x: max(x.gather_sent, x.gather_received), bucket.gathers)
+    after = travel(lambda x: max(x.scatter_sent, x.scatter_received), bucket.scatters)
+    return before, after, max(load.seconds(machine) for load in bucket.loads)
 
 
-def make_plan(matrices: Sequence[Matrix], max_buffer_mb: float = 64.0) -> Plan:
-    """Choose transports and fill buckets.
-
-    Buckets keep the order of the matrices, hold one transport and group each, and stay under
-    `max_buffer_mb` of scratch, except that one matrix larger than the limit has a bucket alone.
-    """
-    limit = max_buffer_mb * 2**20
-    filling: list[_Filling] = []
-    for matrix in matrices:
-        alone = _Filling(choose(matrix), matrix)
-        taker = next((f for f in filling if f.has_room_for(alone, limit)), None)
-        if taker is None:
-            filling.append(alone)
-        else:
-            taker.join(alone)
-    return Plan(tuple(f.bucket() for f in filling))
-
-
-class _Filling:
-    """A bucket while it is filled, with running sums: per-head blocks come in thousands."""
-
-    def __init__(self, transport: Transport, matrix: Matrix) -> None:
-        self.key = (transport, matrix.group)
-        self.matrices = [matrix]
-        entry = 0 if transport is Transport.LOCAL else matrix.operands * matrix.element_bytes
-        self.whole = matrix.shape[0] * matrix.shape[1] * entry
-        self.own = [matrix.region(r).numel * entry for r in range(matrix.layout.ranks)]
-
-    def has_room_for(self, other: "_Filling", limit: float) -> bool:
-        """Whether the other may join: `Bucket.buffer_bytes` of both together."""
-        if self.key != other.key:
-            return False
-        most = max(a + b for a, b in zip(self.own, other.own, strict=True))
-        return 2 * (self.whole + other.whole) + most <= limit
-
-    def join(self, other: "_Filling") -> None:
-        """Take the other's matrices."""
-        self.matrices += other.matrices
-        self.whole += other.whole
-        self.own = [a + b for a, b in zip(self.own, other.own, strict=True)]
-
-    def bucket(self) -> Bucket:
-        """What was filled."""
-        ranks = self.matrices[0].layout.ranks
-        return Bucket(*self.key, ranks, tuple(self.matrices))
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,7 @@ from geon.optim.solvers.base import Solution, Solver
 from geon.optim.solvers.certificate import Certificate, certify
 from geon.optim.solvers.closed_form import KNOWN, find
 from geon.optim.solvers.stiefel_spectral import Ladder, StiefelSpectral
+from geon.optim.solvers.sums import GramForm, gram_form
 
 
 def steepest(norm: Norm, manifold: Manifold, ladder: Ladder | None = None) -> Solver:
@@ -32,4 +33,13 @@ def steepest(norm: Norm, manifold: Manifold, ladder: Ladder | None = None) -> So
     )
 
 
-__all__ = ["Certificate", "Ladder", "Solution", "Solver", "certify", "steepest"]
+__all__ = [
+    "Certificate",
+    "GramForm",
+    "Ladder",
+    "Solution",
+    "Solver",
+    "certify",
+    "gram_form",
+    "steepest",
+]

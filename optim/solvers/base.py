@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,10 @@ class Solver(ABC):
     @abstractmethod
     def flops(self, shape: tuple[int, int]) -> int:
         """FLOPs of one direction for a matrix of this shape."""
+
+    def half_on(self, device: torch.device) -> bool:
+        """Whether most of those are in bf16 on a device."""
+        return False
 
     def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
         """Readings of one step for the log, (batch,) each; slow, taken every so many steps."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from geon.optim.manifolds import (
@@ -18,6 +19,7 @@ from geon.optim.manifolds import (
 from geon.optim.manifolds.spectral import top_pair
 from geon.optim.norms import RMS, Frobenius, Norm, Sign, Spectral
 from geon.optim.norms.rownorm import RowWise
+from geon.optim.polar import Precision
 from geon.optim.solvers.base import Solution, Solver
 from geon.optim.solvers.dgram import dgram_spectral
 from geon.optim.solvers.scalar_dual import scalar_dual
@@ -50,6 +52,11 @@ class ClosedForm(Solver):
     def flops(self, shape: tuple[int, int]) -> int:
         """FLOPs of the polar factors, or of one LMO."""
         return max(1, self.polar_factors) * self.norm.flops(shape)
+
+    def half_on(self, device: torch.device) -> bool:
+        """As the polar factors are."""
+        spectral = isinstance(self.norm, Spectral)
+        return spectral and self.norm.polar.precision_on(device) is Precision.BF16
 
     def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
         """Share of the direction that is normal to the manifold."""

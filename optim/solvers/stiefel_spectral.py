@@ -149,6 +149,13 @@ class StiefelSpectral(Solver):
             factors = 2 + self.ladder.refine
         return round(products * 2 * short**3) + factors * of_polar
 
+    def half_on(self, device: torch.device) -> bool:
+        """As the polar factors are, where the method takes those of long matrices."""
+        if self.ladder.method == "lgm":
+            return self._rough(device)
+        half = self.norm.polar.precision_on(device) is Precision.BF16
+        return half and self.ladder.method != "exact"
+
     def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
         """Certified gap, tangency defect and spectral norm of a direction."""
         u = self.manifold.unit(weight)

@@ -68,7 +68,12 @@ def test_partition_is_proved():
 
 def test_matrix_roles_need_matrices_and_splits_must_add_up():
     with pytest.raises(ValueError, match="needs a matrix"):
-        ParamInfo("w", (3, 4, 5), Role.HIDDEN)
+        ParamInfo("w", (3, 4, 5), Role.HEAD)
+    with pytest.raises(ValueError, match="needs a matrix"):
+        ParamInfo("w", (3, 4, 5, 6), Role.HIDDEN)
+    with pytest.raises(ValueError, match="of a batch of matrices"):
+        ParamInfo("w", (3, 4, 5), Role.HIDDEN, splits=(1, 2))
+    assert ParamInfo("w", (2, 4, 5), Role.HIDDEN).parts == ((0, 4), (4, 8))
     with pytest.raises(ValueError, match="sum to 5"):
         ParamInfo("w", (6, 4), Role.HIDDEN, splits=(2, 3))
 

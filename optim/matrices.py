@@ -1,0 +1,100 @@
+"""From parameters and rules to the matrices that a plan is made of."""
+
+import math
+
+from geon.errors import UsageError
+from geon.optim.adamw import AdamW
+from geon.optim.norms.rownorm import RowWise
+from geon.optim.roles import Block, ParamInfo
+from geon.optim.rule import Rule
+from geon.optim.shard import Layout, Matrix, Region, Sums, Transport
+
+
+def check_per_head(rule: Rule | AdamW, per_head: bool, where: str) -> None:
+    """Refuse blocks for a rule that has no matrices.
+
+    Raises:
+        UsageError: names the place.
+    """
+    if per_head and isinstance(rule, AdamW):
+        raise UsageError(
+            f"{where}: per_head cuts matrices into heads, but rule=adamw steps entries: "
+            "set per_head=false, or rule=steepest"
+        )
+
+
+def block_scale(rule: Rule, block: Block) -> float:
+    """Size of a block over the size that its rule gives to a matrix of its shape.
+
+    A head's block keeps the size it has in the whole matrix, so that a whole orthogonal matrix is
+    also a point whose heads are each on the Stiefel manifold. 1 for what is not a head's block.
+
+    Raises:
+        UsageError: the manifold has no point of this shape.
+    """
+    if block.shape == block.whole:
+        return 1.0
+    try:
+        whole, own = (_typical_singular_value(rule, s) for s in (block.whole, block.shape))
+    except ValueError as error:
+        raise UsageError(f"per_head: {error}") from None
+    return whole / own
+
+
+def _typical_singular_value(rule: Rule, shape: tuple[int, int]) -> float:
+    """Root mean square, of a point of the manifold; in Euclidean space of a full direction.
+
+    sqrt(d_out/d_in) and the radius for Stiefel and the spectral norm.
+    """
+    if rule.manifold.constrains:
+        return rule.manifold.length(shape) / math.sqrt(min(shape))
+    return rule.norm.extent(shape) / math.sqrt(min(shape))
+
+
+def matrices_of(
+    info: ParamInfo,
+    name: str,
+    rule: Rule,
+    layout: Layout,
+    per_head: bool = False,
+    wire_bytes: int = 4,
+    device: str = "cpu",
+) -> list[Matrix]:
+    """Matrices that a rule steps in one parameter: itself, its parts, or heads' blocks."""
+    try:
+        return [
+            Matrix(
+                param=info.name,
+                box=Region(block.rows, block.cols),
+                layout=layout,
+                rule=name,
+                reach=rule.reach,
+                operands=2 if rule.needs_weight else 1,
+                wire_bytes=wire_bytes,
+                flops=rule.flops(block.shape),
+                half=rule.half_on(device),
+                orthogonalizes=rule.orthogonalizes,
+                scale=block_scale(rule, block),
+                sums=sums_of(rule, block.shape),
+                row_state=rule.second_moment > 0,
+            )
+            for block in info.blocks(per_head)
+        ]
+    except ValueError as error:
+        raise UsageError(f"parameter '{info.name}': {error}") from None
+
+
+def sums_of(rule: Rule, shape: tuple[int, int]) -> Sums | None:
+    """What a step of this rule needs sums of, if it can do with sums."""
+    if isinstance(rule.norm, RowWise) and not rule.manifold.constrains:
+        return Sums(Transport.NORMS, down=2, up=1, owner_flops=0, shared_flops=rule.flops(shape))
+    form, short = rule.gram_form(shape), min(shape)
+    if form is None:
+        return None
+    return Sums(
+        Transport.GRAM,
+        form.down(short),
+        form.up(short),
+        form.owner_flops(shape),
+        form.shared_flops(shape),
+    )

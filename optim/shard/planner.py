@@ -1,0 +1,165 @@
+"""Which transport each matrix takes, who owns it, and what travels together. No torch in here."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from geon.optim.norms import Reach
+from geon.optim.shard.matrix import Job, Matrix, Transport
+from geon.optim.shard.plan import Bucket, Load, Plan, add, phases
+from geon.optim.shard.wishes import Wishes
+
+
+def candidates(matrix: Matrix, wishes: Wishes) -> list[Transport]:
+    """Transports that a matrix may take, the preferred one first."""
+    alone = all(len(ranks) == 1 for ranks in matrix.holding.copies)
+    if matrix.fits and (alone or matrix.reach is not Reach.MATRIX):
+        return [Transport.LOCAL]
+    if matrix.can_sum and matrix.sums is not None and matrix.sums.transport is Transport.NORMS:
+        return [Transport.NORMS]
+    if wishes.transport == "owner":
+        return [Transport.OWNER]
+    if matrix.fits and wishes.transport != "auto":
+        return [Transport.LOCAL]
+    if wishes.transport == "gram":
+        return [Transport.GRAM if matrix.can_sum else Transport.OWNER]
+    if wishes.transport == "allgather":
+        return [Transport.ALLGATHER]
+    found = [Transport.LOCAL, Transport.OWNER] if matrix.fits else [Transport.OWNER]
+    if wishes.reproducible:
+        return found
+    if matrix.can_sum and not matrix.fits:
+        found.append(Transport.GRAM)
+    if not matrix.fits:
+        found.append(Transport.ALLGATHER)
+    return found
+
+
+def make_plan(matrices: Sequence[Matrix], wishes: Wishes | None = None) -> Plan:
+    """Choose transports and owners, and fill buckets.
+
+    Matrices of equal shape, layout and rule take the same transport. Owners are chosen longest
+    processing time first (R. L. Graham, 1969) over all ranks: who stores less of a matrix than
+    others is charged for the bytes. Buckets follow that order, so each is balanced and holds equal
+    shapes together.
+    """
+    wishes = wishes or Wishes()
+    ranks = max((m.layout.ranks for m in matrices), default=1)
+    choice = _choose(matrices, ranks, wishes)
+    jobs = _assign(matrices, choice, ranks, wishes)
+    still = [job for job in jobs if job.transport is Transport.LOCAL]
+    moving = [job for job in jobs if job.transport is not Transport.LOCAL]
+    buckets = _fill(moving, ranks, wishes.max_buffer_mb * 2**20)
+    if still:
+        buckets.append(Bucket(tuple(still), ranks))
+    return Plan(tuple(buckets), ranks, wishes)
+
+
+Kind = tuple[Any, ...]
+
+
+def _kind(matrix: Matrix) -> Kind:
+    """What matrices have in common that take the same transport."""
+    return matrix.layout, matrix.shape, matrix.rule, matrix.fits
+
+
+def _choose(matrices: Sequence[Matrix], ranks: int, wishes: Wishes) -> dict[Kind, Transport]:
+    """Transport of each kind; by time, one kind is changed after the other while that helps."""
+    kinds: dict[Kind, list[Matrix]] = {}
+    for matrix in matrices:
+        kinds.setdefault(_kind(matrix), []).append(matrix)
+    options = {kind: candidates(members[0], wishes) for kind, members in kinds.items()}
+    for kind, members in kinds.items():  # parts of a fused weight may be cut differently
+        if Transport.GRAM in options[kind] and not all(m.can_sum for m in members):
+            options[kind] = [t for t in options[kind] if t is not Transport.GRAM]
+            options[kind] = options[kind] or [Transport.OWNER]
+    if wishes.objective == "bytes":
+        return {
+            kind: min(
+                options[kind],
+                key=lambda t: sum(Job(m, t, _holders(m)[0]).traffic.total for m in kinds[kind]),
+            )
+            for kind in kinds
+        }
+    choice = {kind: found[0] for kind, found in options.items()}
+    open_kinds = [kind for kind in kinds if len(options[kind]) > 1]
+    best = _predict(matrices, choice, ranks, wishes) if open_kinds else 0.0
+    for _ in range(2):
+        for kind in open_kinds:
+            for transport in options[kind]:
+                trial = {**choice, kind: transport}
+                seconds = _predict(matrices, trial, ranks, wishes)
+                if seconds < 0.98 * best:  # not for a few percent of a rough prediction
+                    choice, best = trial, seconds
+    return choice
+
+
+def _predict(
+    matrices: Sequence[Matrix], choice: dict[Kind, Transport], ranks: int, wishes: Wishes
+) -> float:
+    """Seconds of a step when everything travels in one bucket, a latency for each full buffer."""
+    jobs = _assign(matrices, choice, ranks, wishes)
+    bucket = Bucket(tuple(jobs), ranks)
+    before, after, work = phases(bucket, wishes.machine)
+    most = max(load.buffer for load in bucket.loads)
+    more = most / (wishes.max_buffer_mb * 2**20) * bucket.collectives * wishes.machine.latency
+    return before + after + work + more
+
+
+def _holders(matrix: Matrix) -> list[int]:
+    """Ranks that store most of a matrix: as owners, they need the least sent."""
+    most = max(matrix.holding.words)
+    return [rank for rank, words in enumerate(matrix.holding.words) if words == most]
+
+
+def _assign(
+    matrices: Sequence[Matrix], choice: dict[Kind, Transport], ranks: int, wishes: Wishes
+) -> list[Job]:
+    """Owners by longest processing time first; equal costs by shape, then in the given order."""
+    machine = wishes.machine
+    loads, jobs, owned = [0.0] * ranks, [], []
+    for matrix in matrices:
+        transport = choice[_kind(matrix)]
+        job = Job(matrix, transport, _holders(matrix)[0])
+        if job.scatters:
+            rate = machine.half_flops if job.half else machine.flops
+            owned.append((job, job.owner_flops / rate))
+            continue
+        jobs.append(job)
+        if transport is Transport.LOCAL:
+            for rank in matrix.holding.of:
+                loads[rank] += job.flops(rank) / machine.flops
+    owned.sort(key=lambda pair: (-pair[1], pair[0].matrix.shape))
+    for job, cost in owned:
+        owner = _least_loaded(job.matrix, loads, wishes)
+        loads[owner] += cost
+        jobs.append(Job(job.matrix, job.transport, owner))
+    return jobs
+
+
+def _least_loaded(matrix: Matrix, loads: Sequence[float], wishes: Wishes) -> int:
+    """The owner: by time, missing words delay; by bytes, only those who miss least may own."""
+    words = matrix.holding.words
+    most = max(words)
+    if wishes.objective == "bytes":
+        return min(_holders(matrix), key=lambda r: (loads[r], r))
+    per_word = (matrix.bytes_in + matrix.bytes_out) / wishes.machine.bandwidth
+    return min(range(len(loads)), key=lambda r: (loads[r] + (most - words[r]) * per_word, r))
+
+
+def _fill(jobs: Sequence[Job], ranks: int, limit: float) -> list[Bucket]:
+    """Cut the jobs, in their order, into buckets of bounded scratch."""
+    buckets: list[list[Job]] = []
+    loads: list[Load] = []
+    for job in jobs:
+        own = [Load() for _ in range(ranks)]
+        add(own, job)
+        if buckets:
+            most = max(load.buffer + more.buffer for load, more in zip(loads, own, strict=True))
+            turn = job.scatters and all(job.owner != other.owner for other in buckets[-1])
+            if most <= limit or turn:
+                buckets[-1].append(job)
+                add(loads, job)
+                continue
+        buckets.append([job])
+        loads = own
+    return [Bucket(tuple(members), ranks) for members in buckets]
