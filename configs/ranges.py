@@ -33,6 +33,8 @@ RANGES: dict[str, Test] = {
     "data.bpe_vocab": NOT_NEGATIVE,
     "data.tokens": NOT_NEGATIVE,
     "parallel.replicas": POSITIVE,
+    "parallel.tensor": POSITIVE,
+    "parallel.zero": ("one of 0, 1, 2, 3", lambda x: 0 <= x <= 3),
     "parallel.timeout_seconds": POSITIVE,
     "schedule.steps": POSITIVE,
     "schedule.warmup": SHARE,

@@ -1,118 +1,26 @@
 """The shape of every config: one dataclass a group. Yaml files fill them; nothing else exists."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-
-class Mode(Enum):
-    """What `train.py` does."""
-
-    train = "train"
-    plan = "plan"
-
-
-class Format(Enum):
-    """How `mode=plan` prints."""
-
-    table = "table"
-    json = "json"
-
-
-class Arch(Enum):
-    """Architecture (models/)."""
-
-    gpt = "gpt"
-    gpt2 = "gpt2"
-
-
-class Source(Enum):
-    """Where tokens come from (data/)."""
-
-    stdlib = "stdlib"
-    text = "text"
-    bins = "bins"
-    synthetic = "synthetic"
-
-
-class Layouts(Enum):
-    """How the model lies over the ranks (engine/parallel.py)."""
-
-    single = "single"
-    ddp = "ddp"
-    fsdp = "fsdp"
-    hsdp = "hsdp"
-
-
-class Precision(Enum):
-    """Arithmetic of the model; weights and optimizer are always fp32."""
-
-    auto = "auto"
-    """bf16 on a GPU, fp32 on a CPU."""
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Shape(Enum):
-    """Shape of the learning rate after warmup."""
-
-    linear = "linear"
-    """Constant, then linear to the floor over the last `decay` of the run."""
-    cosine = "cosine"
-    constant = "constant"
-
-
-class Init(Enum):
-    """Where a weight starts."""
-
-    model = "model"
-    """As the model draws it, brought to the manifold if there is one."""
-    boundary = "boundary"
-    """On the sphere of the rule's norm, at its radius; zero where the model says zero."""
-
-
-class RuleKind(Enum):
-    """What steps a route's parameters."""
-
-    steepest = "steepest"
-    adamw = "adamw"
-
-
-class TransportChoice(Enum):
-    """How sharded matrices become whole (optim/shard/matrix.py)."""
-
-    auto = "auto"
-    """By predicted cost, kind by kind."""
-    owner = "owner"
-    gram = "gram"
-    allgather = "allgather"
-
-
-class Objective(Enum):
-    """What shard.transport=auto minimises."""
-
-    time = "time"
-    bytes = "bytes"
-
-
-class Wire(Enum):
-    """Words of updates and directions that travel; weights and sums are always fp32."""
-
-    auto = "auto"
-    """bf16 on a GPU, fp32 on a CPU and for shard.reproducible=true."""
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class MachineChoice(Enum):
-    """Speeds that a plan reckons with (optim/shard/cost.py)."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+from geon.configs.choices import (
+    Arch,
+    Format,
+    Init,
+    Layouts,
+    MachineChoice,
+    Mode,
+    Objective,
+    Precision,
+    RuleKind,
+    Shape,
+    Source,
+    TransportChoice,
+    Wire,
+)
 
 
 @dataclass
@@ -257,7 +165,13 @@ class ParallelConfig:
 
     layout: Layouts = MISSING
     replicas: int = 1
-    """hsdp: number of replicas; each is sharded over world / replicas ranks."""
+    """hsdp: number of replicas; each is sharded over world / (replicas x tensor) ranks."""
+    tensor: int = 1
+    """fsdp, hsdp: ranks of tensor parallelism, innermost; parallel=tp takes all ranks for it."""
+    long_side: bool = True
+    """fsdp, hsdp: cut wide hidden matrices by columns where those divide (FSDP2's Shard(1))."""
+    zero: int = 1
+    """deepspeed: ZeRO stage."""
     precision: Precision = Precision.auto
     compile: bool = False
     """torch.compile each block."""

@@ -20,7 +20,7 @@ from geon.configs.schema import (
     Source,
 )
 from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
-from geon.engine.parallel import Parallel, planned_layout
+from geon.engine.parallel import Parallel, check_layout, mesh_shape, planned_layouts
 from geon.engine.rules import make_ladder, make_rule
 from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
@@ -152,11 +152,13 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
 
 
 def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batches:
-    """Cut the global batch over ranks and micro-batches.
+    """Cut the global batch over ranks and micro-batches; tensor ranks of a group read the same.
 
     Raises:
         UsageError: the batch does not divide; names the nearest one that does.
     """
+    tensor = mesh_shape(config.parallel, world).get("tensor", 1)
+    rank, world = rank // tensor, world // tensor
     context, tokens = config.model.context, config.data.batch_tokens
     sequences, rest = divmod(tokens, context)
     micro = config.data.micro_batch or max(1, sequences // world)
@@ -305,14 +307,15 @@ def wire_bytes(config: Config) -> int:
     return 2 if chosen == "bf16" else 4
 
 
-def plan_ahead(config: Config, routing: Routing, world: int) -> Plan:
+def plan_ahead(config: Config, model: LanguageModel, routing: Routing, world: int) -> Plan:
     """The plan that `world` ranks will follow, made without any of them."""
+    layouts = planned_layouts(model, config.parallel, world)
     matrices = []
     for name, rule in routing.rules.items():
         if isinstance(rule, AdamW):
             continue
         for info in routing.members(name):
-            layout = planned_layout(info.shape, config.parallel, world)
+            layout = layouts[info.name]
             per_head = routing.configs[name].per_head
             matrices += matrices_of(
                 info, name, rule, layout, per_head, wire_bytes(config), planned_device(config)
@@ -324,7 +327,8 @@ def report_plan(config: Config, world: int) -> str:
     """What `mode=plan` prints: roles, routes and bytes, without a process group or a GPU."""
     model = make_model(config.model)
     routing = make_routing(model, config.optim)
-    plan = plan_ahead(config, routing, world)
+    check_layout(config.parallel, config.model, world)
+    plan = plan_ahead(config, model, routing, world)
     if config.plan.format.value == "json":
         return json.dumps(plan_facts(model, routing, plan), indent=2)
     return f"{routing.table()}\n\n{plan.table()}\n\n{describe(model)}"

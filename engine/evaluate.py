@@ -63,7 +63,8 @@ def evaluate(
     """
     windows = val_windows(corpus, context, val_tokens)
     batches = [range(i, min(i + batch, windows)) for i in range(0, windows, batch)]
-    rank, world = parallel.env.rank, parallel.env.world
+    tensor = parallel.tensor  # ranks that compute the same batch together
+    rank, world = parallel.env.rank // tensor, parallel.env.world // tensor
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     for turn in range(-(-len(batches) // world)):
         mine = turn * world + rank
@@ -74,6 +75,6 @@ def evaluate(
         if mine < len(batches):
             total += loss.double() * len(chosen) * context
     count = windows * context
-    nats = parallel.sum(total).item()
+    nats = parallel.sum(total).item() / tensor
     size = len(val_text(corpus, context, windows))
     return Evaluation(count, nats / count, nats / size if size else None)

@@ -15,7 +15,7 @@ from geon.engine.callbacks import Checkpointer, Evaluator, Progress, Spectrum, w
 from geon.engine.evaluate import val_windows
 from geon.engine.geometry import Geometry, RecordPairs
 from geon.engine.loggers import check_loggers, open_loggers
-from geon.engine.parallel import Parallel, shard_ranks, start
+from geon.engine.parallel import Parallel, check_layout, start
 from geon.engine.report import Report
 from geon.engine.trainer import Callback, Trainer
 from geon.errors import UsageError
@@ -38,7 +38,7 @@ def execute(config: Config, env: Env) -> None:
 
 def train(config: Config, env: Env) -> None:
     """Train one run to its end."""
-    shard_ranks(config.parallel, env.world)
+    check_layout(config.parallel, config.model, env.world)
     check_loggers(config.logger)
     corpus = build.make_corpus(config.data, config.seed)
     batches = build.make_batches(config, corpus, env.rank, env.world)

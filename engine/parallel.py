@@ -1,24 +1,27 @@
-"""How the model lies over the ranks: single, DDP, FSDP2, HSDP. The process group's lifetime."""
+"""How the model lies over the ranks: DDP, FSDP2, HSDP, tensor parallel; the process group."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from geon.configs.schema import Layouts, ParallelConfig, Precision
+from geon.configs.schema import Layouts, ModelConfig, ParallelConfig, Precision
 from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.models import LanguageModel
+from geon.optim import ParamInfo, Role
 from geon.optim.shard import Grid, Layout
 
 
-def shard_ranks(config: ParallelConfig, world: int) -> int:
-    """Ranks that one copy of the model is sharded over.
+def mesh_shape(config: ParallelConfig, world: int) -> dict[str, int]:
+    """Names and sizes of the mesh dimensions, outermost first.
 
     Raises:
         UsageError: the layout does not fit the number of ranks.
@@ -28,23 +31,92 @@ def shard_ranks(config: ParallelConfig, world: int) -> int:
             f"parallel=single runs one process, but WORLD_SIZE is {world}: use parallel=ddp, fsdp "
             "or hsdp, or start without torchrun"
         )
-    if config.layout is Layouts.hsdp:
-        if world % config.replicas or world // config.replicas < 2:
+    if config.layout is Layouts.tp:
+        return {"tensor": world}
+    tensor = config.tensor
+    if config.layout not in (Layouts.fsdp, Layouts.hsdp):
+        if tensor != 1:
             raise UsageError(
-                f"parallel.replicas {config.replicas} does not fit {world} ranks: parallel=hsdp "
-                "needs replicas x at least 2 shards"
+                f"parallel.tensor {tensor} goes with parallel=fsdp or hsdp, not "
+                f"{config.layout.value}; parallel=tp takes all ranks"
             )
-        return world // config.replicas
-    return world if config.layout is Layouts.fsdp else 1
+        return {"replicate": world}
+    if world % tensor:
+        raise UsageError(f"parallel.tensor {tensor} does not divide {world} ranks")
+    inner = {"tensor": tensor} if tensor > 1 else {}
+    shards = world // tensor
+    if config.layout is Layouts.fsdp:
+        return {"shard": shards, **inner}
+    if shards % config.replicas or shards // config.replicas < 2:
+        raise UsageError(
+            f"parallel.replicas {config.replicas} does not fit {world} ranks: parallel=hsdp "
+            f"needs replicas x at least 2 shards{f' x {tensor} tensor ranks' if inner else ''}"
+        )
+    return {"replicate": config.replicas, "shard": shards // config.replicas, **inner}
 
 
-def planned_layout(shape: tuple[int, ...], config: ParallelConfig, world: int) -> Layout:
-    """Layout that a parameter will have, known without a process group.
+def check_layout(config: ParallelConfig, model: ModelConfig, world: int) -> None:
+    """Refuse a layout that does not fit the ranks or the model, before any process group exists.
 
-    Vectors are seen as (1, n), so FSDP2, which cuts dimension 0, cuts their columns.
+    Raises:
+        UsageError: names the keys.
     """
-    ranks = shard_ranks(config, world)
-    return Grid.rows(shape, ranks) if ranks > 1 else Grid.whole(shape, world)
+    tensor = mesh_shape(config, world).get("tensor", 1)
+    if tensor > 1 and model.fused_qkv:
+        raise UsageError(
+            f"model.fused_qkv=true with {tensor} tensor ranks: a cut of the fused weight is not "
+            "whole heads of q, k and v; set model.fused_qkv=false"
+        )
+    if tensor > 1 and model.n_head % tensor:
+        raise UsageError(
+            f"model.n_head {model.n_head} does not divide over {tensor} tensor ranks "
+            "(parallel.tensor, or all ranks under parallel=tp)"
+        )
+
+
+def long_side_cut(shape: Sequence[int], cut: int, ranks: int) -> bool:
+    """Whether FSDP2 cuts the columns: of a wide matrix, where they divide.
+
+    cut: ranks of tensor parallelism that have cut the columns before.
+    """
+    return len(shape) == 2 and shape[0] < shape[1] and shape[1] % (cut * ranks) == 0
+
+
+def planned_layouts(model: LanguageModel, config: ParallelConfig, world: int) -> dict[str, Layout]:
+    """Layout that each parameter will have, known without a process group."""
+    sizes = mesh_shape(config, world)
+    if config.layout is Layouts.deepspeed:
+        from geon.engine.backends import planned_flat
+
+        return {i.name: planned_flat(i.numel, i.matrix_shape, config, world) for i in model.roles()}
+    names = list(sizes)
+    styles = model.tp_plan() if sizes.get("tensor", 1) > 1 else {}
+    layouts: dict[str, Layout] = {}
+    for info in model.roles():
+        cuts = []
+        axis = _tensor_axis(info, styles)
+        if axis is not None:
+            cuts.append((names.index("tensor"), axis))
+        if "shard" in sizes:
+            before = sizes["tensor"] if axis == 1 else 1
+            wide = config.long_side and info.role is Role.HIDDEN
+            by_cols = wide and long_side_cut(info.shape, before, sizes["shard"])
+            cuts.append((names.index("shard"), int(by_cols)))
+        layouts[info.name] = Grid(info.shape, tuple(sizes.values()), tuple(cuts))
+    return layouts
+
+
+def _tensor_axis(info: ParamInfo, styles: Mapping[str, Any]) -> int | None:
+    """Axis that tensor parallelism cuts of a parameter, if any."""
+    module, leaf = info.name.rsplit(".", 1)
+    style = next((s for pattern, s in styles.items() if fnmatchcase(module, pattern)), None)
+    if style is None:
+        return None
+    by_rows = type(style).__name__ == "ColwiseParallel"
+    if leaf == "bias":
+        return 0 if by_rows else None
+    # Of an embedding, "rowwise" means tokens, which torch stores as rows.
+    return 0 if by_rows or info.role is Role.EMBEDDING else 1
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -87,21 +159,49 @@ class Parallel:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights are DTensors."""
+        """Whether FSDP2 shards the weights."""
         return self.mesh is not None and self.config.layout in (Layouts.fsdp, Layouts.hsdp)
+
+    @property
+    def tensor(self) -> int:
+        """Ranks that share one model and read the same tokens; they are next to each other."""
+        return mesh_shape(self.config, self.env.world).get("tensor", 1)
 
     def place(self, model: LanguageModel) -> None:
         """Shard a model that lives on the meta device, and allocate its weights, unset."""
-        if self.sharded:
-            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        if self.tensor > 1:
+            from torch.distributed.tensor.parallel import parallelize_module
 
-            policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-            if self.dtype is torch.float32:
-                policy = MixedPrecisionPolicy()
-            for unit in model.shard_units():
-                fully_shard(unit, mesh=self.mesh, mp_policy=policy)
-            fully_shard(model, mesh=self.mesh, mp_policy=policy)
+            parallelize_module(model, self._submesh("tensor"), model.tp_plan())
+        if self.sharded:
+            self._shard(model)
         model.to_empty(device=self.device)
+
+    def _submesh(self, *names: str) -> DeviceMesh:
+        assert self.mesh is not None
+        return self.mesh[names if len(names) > 1 else names[0]] if self.mesh.ndim > 1 else self.mesh
+
+    def _shard(self, model: LanguageModel) -> None:
+        """Apply FSDP2, unit by unit."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor import Shard
+
+        names = [n for n in ("replicate", "shard") if n in mesh_shape(self.config, self.env.world)]
+        mesh, ranks = self._submesh(*names), self._submesh("shard").size()
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        if self.dtype is torch.float32:
+            policy = MixedPrecisionPolicy()
+        params = dict(model.named_parameters())
+        hidden = {id(params[i.name]) for i in model.roles() if i.role is Role.HIDDEN}
+
+        def placement(param: Any) -> Shard | None:
+            cut = getattr(param, "placements", [None])[0]
+            before = self.tensor if isinstance(cut, Shard) and cut.dim == 1 else 1
+            wide = self.config.long_side and id(param) in hidden
+            return Shard(1) if wide and long_side_cut(param.shape, before, ranks) else None
+
+        for unit in [*model.shard_units(), model]:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
 
     def wrap(self, model: LanguageModel) -> None:
         """Prepare forward and backward, once the weights are set."""
@@ -110,7 +210,7 @@ class Parallel:
             for unit in model.shard_units():
                 unit.compile()
         self._module = model
-        if self.mesh is not None and not self.sharded:
+        if self.mesh is not None and self.config.layout is Layouts.ddp:
             from torch.nn.parallel import DistributedDataParallel
 
             self._module = DistributedDataParallel(model, process_group=self.mesh.get_group())
@@ -129,7 +229,7 @@ class Parallel:
         if self.sharded:
             self._module.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]
             yield
-        elif self.mesh is not None and not last:
+        elif self.mesh is not None and self.config.layout is Layouts.ddp and not last:
             with self._module.no_sync():  # type: ignore[union-attr, operator]
                 yield
         else:
@@ -167,7 +267,7 @@ def start(config: ParallelConfig, device: str, env: Env) -> Parallel:
     Raises:
         UsageError: before any process group exists.
     """
-    ranks = shard_ranks(config, env.world)
+    sizes = mesh_shape(config, env.world)
     place = pick_device(device, env.local_rank)
     if not env.launched:
         return Parallel(config, env, place)
@@ -177,8 +277,5 @@ def start(config: ParallelConfig, device: str, env: Env) -> Parallel:
         "nccl" if place.type == "cuda" else "gloo",
         timeout=timedelta(seconds=config.timeout_seconds),
     )
-    if config.layout is Layouts.hsdp:
-        sizes, names = (config.replicas, ranks), ("replicate", "shard")
-    else:
-        sizes, names = (env.world,), ("shard" if ranks > 1 else "replicate",)
-    return Parallel(config, env, place, init_device_mesh(place.type, sizes, mesh_dim_names=names))
+    shape, names = tuple(sizes.values()), tuple(sizes)
+    return Parallel(config, env, place, init_device_mesh(place.type, shape, mesh_dim_names=names))

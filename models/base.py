@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -89,6 +89,13 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def shard_units(self) -> list[nn.Module]:
         """Modules that FSDP2 gathers one at a time; what is left belongs to the root."""
+
+    @abstractmethod
+    def tp_plan(self) -> dict[str, Any]:
+        """Tensor parallelism: pattern of module names -> style (torch.distributed.tensor.parallel).
+
+        Modules that it leaves out are the same on every tensor rank.
+        """
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or with targets (batch, time) the mean cross-entropy in nats."""

@@ -1,6 +1,7 @@
 """The speedrun-style GPT: gainless RMSNorm, QK-norm, RoPE, ReLU^2, untied head."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -9,6 +10,7 @@ from geon.models.base import LanguageModel, ModelShape, declare, normal
 from geon.models.layers import (
     Projections,
     attend,
+    block_plan,
     head_axes,
     relu_squared,
     rms_norm,
@@ -23,13 +25,13 @@ class Attention(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.n_head = shape.n_head
+        self.head_dim = shape.head_dim
         self.proj_in = Projections(shape.d_model, shape.fused_qkv, bias=False)
         self.proj_out = nn.Linear(shape.d_model, shape.d_model, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in self.proj_in(x))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj_in(x))
         q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
         return self.proj_out(attend(q, k, v))
 
@@ -97,3 +99,14 @@ class GPT(LanguageModel):
     def shard_units(self) -> list[nn.Module]:
         """The blocks; embedding and head stay with the root."""
         return list(self.blocks)
+
+    def tp_plan(self) -> dict[str, Any]:
+        """Heads and MLP neurons are split; embedding and head by tokens, logits gathered."""
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+        return {
+            "embed": RowwiseParallel(input_layouts=Replicate()),
+            **block_plan("attention."),
+            "head": ColwiseParallel(output_layouts=Replicate()),
+        }

@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al., 2019): LayerNorm, GELU, learned positions, tied head."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 from geon.errors import UsageError
 from geon.models.base import LanguageModel, ModelShape, declare, normal
-from geon.models.layers import Projections, attend, head_axes
+from geon.models.layers import Projections, attend, block_plan, head_axes
 from geon.optim.roles import ParamInfo, Role
 
 
@@ -18,7 +19,7 @@ class Block(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         d = shape.d_model
-        self.n_head = shape.n_head
+        self.head_dim = shape.head_dim
         self.norm1 = nn.LayerNorm(d)
         self.proj_in = Projections(d, shape.fused_qkv, bias=True)
         self.proj_out = nn.Linear(d, d)
@@ -28,7 +29,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in self.proj_in(self.norm1(x)))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj_in(self.norm1(x)))
         x = x + self.proj_out(attend(q, k, v))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
@@ -95,3 +96,7 @@ class GPT2(LanguageModel):
     def shard_units(self) -> list[nn.Module]:
         """The blocks; the tied weight stays with the root, which reads it twice."""
         return list(self.blocks)
+
+    def tp_plan(self) -> dict[str, Any]:
+        """Heads and MLP neurons are split; the tied weight, read in two ways, and norms are not."""
+        return block_plan()

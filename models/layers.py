@@ -84,6 +84,21 @@ def head_axes(n_head: int) -> dict[str, tuple[int, int]]:
     return {**dict.fromkeys(names, (n_head, 0)), "proj_out.weight": (n_head, 1)}
 
 
+def block_plan(attention: str = "") -> dict[str, Any]:
+    """Tensor parallelism of the blocks (Shoeybi et al., arXiv 1909.08053).
+
+    What makes heads and neurons is cut by rows, what reads them by columns, and a sum over the
+    ranks ends each branch. attention: path of the attention inside a block, with its dot.
+    """
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    rows = [f"{attention}proj_in.{part}" for part in "qkv"] + ["up"]
+    plan: dict[str, Any] = {f"blocks.*.{name}": ColwiseParallel() for name in rows}
+    for name in (f"{attention}proj_out", "down"):
+        plan[f"blocks.*.{name}"] = RowwiseParallel()
+    return plan
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of (B, T, H, K) by PyTorch's SDPA; returns (B, T, H K)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

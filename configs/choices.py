@@ -1,0 +1,112 @@
+"""The words that a config key may take, where they are few."""
+
+from enum import Enum
+
+
+class Mode(Enum):
+    """What `train.py` does."""
+
+    train = "train"
+    plan = "plan"
+
+
+class Format(Enum):
+    """How `mode=plan` prints."""
+
+    table = "table"
+    json = "json"
+
+
+class Arch(Enum):
+    """Architecture (models/)."""
+
+    gpt = "gpt"
+    gpt2 = "gpt2"
+
+
+class Source(Enum):
+    """Where tokens come from (data/)."""
+
+    stdlib = "stdlib"
+    text = "text"
+    bins = "bins"
+    synthetic = "synthetic"
+
+
+class Layouts(Enum):
+    """How the model lies over the ranks (engine/parallel.py)."""
+
+    single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+    tp = "tp"
+    deepspeed = "deepspeed"
+
+
+class Precision(Enum):
+    """Arithmetic of the model; weights and optimizer are always fp32."""
+
+    auto = "auto"
+    """bf16 on a GPU, fp32 on a CPU."""
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Shape(Enum):
+    """Shape of the learning rate after warmup."""
+
+    linear = "linear"
+    """Constant, then linear to the floor over the last `decay` of the run."""
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Init(Enum):
+    """Where a weight starts."""
+
+    model = "model"
+    """As the model draws it, brought to the manifold if there is one."""
+    boundary = "boundary"
+    """On the sphere of the rule's norm, at its radius; zero where the model says zero."""
+
+
+class RuleKind(Enum):
+    """What steps a route's parameters."""
+
+    steepest = "steepest"
+    adamw = "adamw"
+
+
+class TransportChoice(Enum):
+    """How sharded matrices become whole (optim/shard/matrix.py)."""
+
+    auto = "auto"
+    """By predicted cost, kind by kind."""
+    owner = "owner"
+    gram = "gram"
+    allgather = "allgather"
+
+
+class Objective(Enum):
+    """What shard.transport=auto minimises."""
+
+    time = "time"
+    bytes = "bytes"
+
+
+class Wire(Enum):
+    """Words of updates and directions that travel; weights and sums are always fp32."""
+
+    auto = "auto"
+    """bf16 on a GPU, fp32 on a CPU and for shard.reproducible=true."""
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class MachineChoice(Enum):
+    """Speeds that a plan reckons with (optim/shard/cost.py)."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
