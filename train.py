@@ -45,6 +45,8 @@ def main(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     register()
+    # The deepspeed launcher tells the local rank twice: as an argument, and by LOCAL_RANK.
+    sys.argv = [a for a in sys.argv if not a.startswith("--local_rank")]
     if status := guard(lambda: check_overrides(sys.argv[1:])):
         leave(status)
     main()

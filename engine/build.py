@@ -14,6 +14,7 @@ from geon.configs.schema import (
     Config,
     DataConfig,
     Init,
+    Layouts,
     ModelConfig,
     OptimConfig,
     RuleConfig,
@@ -135,7 +136,7 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
         UsageError: an unknown norm or manifold, a pair without a solver, a parameter no rule takes,
             heads for AdamW.
     """
-    infos = model.roles()
+    infos = model.infos
     routes = [Route(name, pattern=o.pattern) for name, o in config.overrides.items()]
     routes += [Route(name, frozenset(roles)) for name, roles in ROLES.items()]
     assigned = route(infos, routes)
@@ -268,7 +269,13 @@ def make_optimizer(
         mesh=mesh,
         wire=torch.bfloat16 if wire_bytes(config) == 2 else torch.float32,
         max_norm=config.optim.max_norm,
+        separate=steps_alone(config),
     )
+
+
+def steps_alone(config: Config) -> bool:
+    """Whether parameters are stepped one at a time."""
+    return config.parallel.layout is Layouts.deepspeed and config.parallel.zero > 0
 
 
 def make_wishes(config: Config) -> Wishes:
@@ -320,7 +327,7 @@ def plan_ahead(config: Config, model: LanguageModel, routing: Routing, world: in
             matrices += matrices_of(
                 info, name, rule, layout, per_head, wire_bytes(config), planned_device(config)
             )
-    return make_plan(matrices, make_wishes(config))
+    return make_plan(matrices, make_wishes(config), steps_alone(config))
 
 
 def report_plan(config: Config, world: int) -> str:
@@ -370,6 +377,20 @@ class Run:
     routing: Routing
     optimizer: HybridOptimizer
 
+    def whole(self, name: str) -> Tensor:
+        """A whole weight; gathers a sharded one, so every rank must call."""
+        if self.parallel.backend is not None:
+            return self.parallel.backend.weight(name)
+        param: Any = self.model.get_parameter(name).detach()
+        return param.full_tensor() if hasattr(param, "full_tensor") else param
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and optimizer state, as a checkpoint holds them: DTensors, or whole."""
+        if self.parallel.backend is not None:
+            return self.parallel.backend.tensors()
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        return weights, self.optimizer.state_tensors()
+
 
 def build(
     config: Config,
@@ -384,4 +405,10 @@ def build(
     initialise(model, routing, config.seed)
     parallel.wrap(model)
     optimizer = make_optimizer(model, routing, config, parallel.mesh)
+    if config.parallel.layout is Layouts.deepspeed:
+        from geon.engine.backends import DeepSpeed
+
+        half = parallel.dtype is torch.bfloat16
+        sizes = batches.micro, batches.accumulation
+        parallel.backend = DeepSpeed(config, model, optimizer, *sizes, half)
     return Run(config, parallel, corpus, batches, model, routing, optimizer)

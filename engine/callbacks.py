@@ -74,7 +74,9 @@ class Progress(Callback):
             "step_seconds": (model_seconds + optimizer_seconds) / steps,
             "optimizer_share": optimizer_seconds / (model_seconds + optimizer_seconds),
             "matrices_orthogonalized": run.optimizer.plan.orthogonalized,
-            "solver_fallbacks": run.optimizer.readings.fallbacks(),
+            "optimizer_seconds": optimizer_seconds / steps,
+            "optimizer_seconds_predicted": run.optimizer.plan.seconds,
+            "solver_fallbacks": run.parallel.count(run.optimizer.readings.fallbacks()),
             "optimizer_bytes_sent": run.optimizer.exchange.bytes_sent,
             "flops_per_second": rate * run.model.flops_per_token(),
         }
@@ -174,8 +176,7 @@ class Checkpointer(Callback):
         checkpoint.save(
             trainer.folder / "checkpoints",
             trainer.step,
-            run.model,
-            run.optimizer.state_tensors(),
+            *run.tensors(),
             facts,
             self.keep,
             run.parallel,
@@ -209,13 +210,11 @@ class Spectrum(Callback):
     def record(self, trainer: Trainer) -> None:
         """Log quantiles over all hidden matrices, and the largest manifold residual."""
         run = trainer.run
-        params = dict(run.model.named_parameters())
         values, residuals = [], [torch.zeros(())]
         for info in run.routing.infos:
             if info.role is not Role.HIDDEN:
                 continue
-            param: Any = params[info.name]
-            whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+            whole = run.whole(info.name)
             if not run.parallel.env.main:
                 continue
             rule = run.routing.rule(info)

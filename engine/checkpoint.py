@@ -81,16 +81,16 @@ def check_same_model(checkpoint: Path, facts: Mapping[str, Any], own: Mapping[st
             )
 
 
-def tensors(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Everything that is saved: weights and optimizer state by name."""
-    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    return weights | {f"optim.{name}": tensor for name, tensor in state.items()}
+    named = {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
+    return named | {f"optim.{name}": tensor for name, tensor in state.items()}
 
 
 def save(
     root: Path,
     step: int,
-    model: LanguageModel,
+    weights: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     facts: Mapping[str, Any],
     keep: int,
@@ -107,7 +107,7 @@ def save(
     parallel.barrier()
     writer = dcp.FileSystemWriter(aside, sync_files=True)
     with _quiet():
-        dcp.save(tensors(model, state), storage_writer=writer, no_dist=parallel.mesh is None)
+        dcp.save(tensors(weights, state), storage_writer=writer, no_dist=parallel.mesh is None)
     parallel.barrier()
     if parallel.env.main:
         content = {"format": FORMAT, "step": step, **facts}
@@ -125,7 +125,10 @@ def save(
 
 
 def load(
-    checkpoint: Path, model: LanguageModel, state: Mapping[str, Tensor], parallel: Parallel
+    checkpoint: Path,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    parallel: Parallel,
 ) -> None:
     """Load weights and optimizer state in place, at any number of ranks.
 
@@ -135,7 +138,7 @@ def load(
     """
     reader = dcp.FileSystemReader(checkpoint)
     saved = set(reader.read_metadata().state_dict_metadata)
-    wanted = tensors(model, state)
+    wanted = tensors(weights, state)
     if missing := sorted(set(wanted) - saved):
         raise UsageError(
             f"'{checkpoint}' lacks '{missing[0]}' and {len(missing) - 1} more tensors: it was "
@@ -148,7 +151,8 @@ def load(
 def load_weights(checkpoint: Path, model: LanguageModel) -> None:
     """Load weights alone into a model on one process."""
     with _quiet():
-        dcp.load(tensors(model, {}), storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+        named = dict(model.named_parameters())
+        dcp.load(tensors(named, {}), storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
 
 
 @contextmanager

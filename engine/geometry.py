@@ -28,8 +28,12 @@ class Geometry(Callback):
 
     def on_step(self, trainer: Trainer) -> None:
         """Log them."""
-        if trainer.step % self.every == 0 and trainer.run.parallel.env.main:
-            found = trainer.run.optimizer.readings.summary()
+        if trainer.step % self.every:
+            return
+        readings = trainer.run.optimizer.readings
+        everyone = trainer.run.parallel.gather(readings.values())
+        if trainer.run.parallel.env.main:
+            found = readings.summary(everyone)
             if found:
                 trainer.log("geometry", dict(found))
 

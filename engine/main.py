@@ -103,7 +103,10 @@ def _find_resume(config: Config, model: Mapping[str, Any], env: Env) -> Path | N
 def _resume(trainer: Trainer, path: Path) -> None:
     run = trainer.run
     facts = checkpoint.read_commit(path)
-    checkpoint.load(path, run.model, run.optimizer.state_tensors(), run.parallel)
+    weights, state = run.tensors()
+    checkpoint.load(path, weights, state, run.parallel)
+    if run.parallel.backend is not None:
+        run.parallel.backend.load(weights, state)
     trainer.step, trainer.elapsed = facts["step"], facts["elapsed"]
     if run.parallel.env.main:
         print(f"resuming from {path} at step {trainer.step}", flush=True)

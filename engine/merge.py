@@ -55,7 +55,15 @@ def save(target: Path, model: LanguageModel, like: Path, facts: dict[str, Any]) 
     commit = checkpoint.read_commit(like)
     step = commit.pop("step")
     commit.pop("format")
-    return checkpoint.save(target / "checkpoints", step, model, {}, commit | facts, 1, _alone())
+    return checkpoint.save(
+        target / "checkpoints",
+        step,
+        dict(model.named_parameters()),
+        {},
+        commit | facts,
+        1,
+        _alone(),
+    )
 
 
 def _alone() -> Parallel:

@@ -16,7 +16,7 @@ from geon.configs.schema import Layouts, ModelConfig, ParallelConfig, Precision
 from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.models import LanguageModel
-from geon.optim import ParamInfo, Role
+from geon.optim import HybridOptimizer, ParamInfo, Role
 from geon.optim.shard import Grid, Layout
 
 
@@ -88,11 +88,11 @@ def planned_layouts(model: LanguageModel, config: ParallelConfig, world: int) ->
     if config.layout is Layouts.deepspeed:
         from geon.engine.backends import planned_flat
 
-        return {i.name: planned_flat(i.numel, i.matrix_shape, config, world) for i in model.roles()}
+        return {i.name: planned_flat(i, config, world) for i in model.infos}
     names = list(sizes)
     styles = model.tp_plan() if sizes.get("tensor", 1) > 1 else {}
     layouts: dict[str, Layout] = {}
-    for info in model.roles():
+    for info in model.infos:
         cuts = []
         axis = _tensor_axis(info, styles)
         if axis is not None:
@@ -147,6 +147,8 @@ class Parallel:
     env: Env
     device: torch.device
     mesh: DeviceMesh | None = None
+    backend: Any = None
+    """A framework that runs model and gradients (engine/backends.py)."""
     _module: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -192,7 +194,7 @@ class Parallel:
         if self.dtype is torch.float32:
             policy = MixedPrecisionPolicy()
         params = dict(model.named_parameters())
-        hidden = {id(params[i.name]) for i in model.roles() if i.role is Role.HIDDEN}
+        hidden = {id(params[i.name]) for i in model.infos if i.role is Role.HIDDEN}
 
         def placement(param: Any) -> Shard | None:
             cut = getattr(param, "placements", [None])[0]
@@ -217,6 +219,8 @@ class Parallel:
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of this rank's micro-batch."""
+        if self.backend is not None:
+            return self.backend.engine(tokens, targets)
         assert self._module is not None
         if self.sharded or self.dtype is torch.float32:
             return self._module(tokens, targets)
@@ -235,6 +239,21 @@ class Parallel:
         else:
             yield
 
+    def backward(self, loss: Tensor, micros: int, last: bool) -> None:
+        """Add the gradients of one of so many micro-batches."""
+        if self.backend is not None:
+            self.backend.backward(loss, last)
+        else:
+            (loss / micros).backward()
+
+    def update(self, optimizer: HybridOptimizer) -> None:
+        """Step the optimizer, and clear the gradients."""
+        if self.backend is not None:
+            self.backend.step()
+            return
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     def mean(self, value: Tensor) -> Tensor:
         """Average over all ranks."""
         return self.sum(value) / self.env.world
@@ -246,6 +265,20 @@ class Parallel:
         total = value.clone()
         dist.all_reduce(total)
         return total
+
+    def count(self, number: int) -> int:
+        """Sum of a count over all ranks."""
+        if self.mesh is None:
+            return number
+        return int(self.sum(torch.tensor(float(number), device=self.device)).item())
+
+    def gather(self, content: Any) -> list[Any]:
+        """What each rank has to tell, on every rank."""
+        if self.mesh is None:
+            return [content]
+        everyone: list[Any] = [None] * self.env.world
+        dist.all_gather_object(everyone, content)
+        return everyone
 
     def from_main(self, value: float) -> float:
         """The main rank's number, on every rank."""

@@ -91,16 +91,16 @@ class Trainer:
         micros = run.batches.step(self.step)
         total = torch.zeros((), device=parallel.device)
         for i, (tokens, targets) in enumerate(micros):
-            with parallel.gradients(last=i == len(micros) - 1):
+            last = i == len(micros) - 1
+            with parallel.gradients(last):
                 loss = parallel.loss(tokens.to(parallel.device), targets.to(parallel.device))
-                (loss / len(micros)).backward()
+                parallel.backward(loss, len(micros), last)
             total += loss.detach() / len(micros)
         self.loss = total
         self.stopwatch.mark()
         for callback in self.callbacks:
             callback.before_update(self)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        parallel.update(run.optimizer)
         self.stopwatch.mark()
         self.step += 1
         self._read_clock()

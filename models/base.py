@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -104,9 +105,14 @@ class LanguageModel(nn.Module, ABC):
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+    @cached_property
+    def infos(self) -> list[ParamInfo]:
+        """`roles()` as first asked for: some frameworks empty the parameters later."""
+        return self.roles()
+
     def parameter_count(self) -> int:
         """Number of weights, a tied one counted once."""
-        return sum(info.numel for info in self.roles())
+        return sum(info.numel for info in self.infos)
 
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward for one token at full context.
@@ -115,7 +121,7 @@ class LanguageModel(nn.Module, ABC):
         attention products, without the saving of causality (PaLM, arXiv 2204.02311, appendix B).
         """
         multiplied = {Role.HIDDEN, Role.HEAD, Role.TIED}
-        weights = sum(info.numel for info in self.roles() if info.role in multiplied)
+        weights = sum(info.numel for info in self.infos if info.role in multiplied)
         s = self.shape
         return 6 * weights + 12 * s.n_layer * s.d_model * s.context
 

@@ -1,6 +1,7 @@
 """One torch optimizer whose param groups each carry their rule."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from geon.optim.rule import Rule
 from geon.optim.shard import (
     Arena,
     Exchange,
+    Flat,
+    Layout,
     Matrix,
     Plan,
     Region,
@@ -75,6 +78,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     wire: dtype of updates and directions that travel; weights always travel in fp32.
     max_norm: clip the gradients of AdamW groups to this global 2-norm within `step`; 0 never.
         Steepest directions do not depend on the length of the gradient.
+    separate: one param group and one bucket for each parameter, for frameworks that replace
+        parameters and step group by group (DeepSpeed); see `adopt`.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         mesh: DeviceMesh | None = None,
         wire: torch.dtype = torch.float32,
         max_norm: float = 0.0,
+        separate: bool = False,
     ) -> None:
         self.rules = {g.name: g.rule for g in groups}
         self.max_norm = max_norm
@@ -93,27 +99,51 @@ class HybridOptimizer(torch.optim.Optimizer):
         super().__init__(
             [
                 {
-                    "params": [p for _, p in g.params],
-                    "names": [info.name for info, _ in g.params],
+                    "params": [p for _, p in members],
+                    "names": [info.name for info, _ in members],
                     "name": g.name,
                     "rule": g.describe(),
                     "lr": g.lr,
                     "peak_lr": g.lr,
                 }
                 for g in groups
-                if g.params
+                for members in ([[pair] for pair in g.params] if separate else [g.params])
+                if members
             ],
             {},
         )
-        check_partition(self._infos, [group["names"] for group in self.param_groups])
-        named = list(self.named_parameters())
-        self._arena = Arena.of(named, mesh)
-        self._layouts = {name: self._arena.layout(name, p) for name, p in named}
-        self._signatures = {name: _signature(p) for name, p in named}
+        self._groups = list(self.param_groups)
+        check_partition(self._infos, [group["names"] for group in self._groups])
+        self._params: dict[str, Tensor] = {
+            name: param
+            for group in self._groups
+            for name, param in zip(group["names"], group["params"], strict=True)
+        }
         self.readings = Readings()
-        self._device = named[0][1].device.type if named else "cpu"
-        plan = make_plan(self._matrices(wire.itemsize), shard)
-        self._exchange = Exchange(plan, self._arena)
+        self._wishes, self._wire, self._separate = shard or Wishes(), wire, separate
+        arena = Arena.of(self._params.items(), mesh)
+        self._settle(arena, {n: arena.layout(n, p) for n, p in self._params.items()})
+
+    def adopt(self, params: Mapping[str, Tensor], arena: Arena, steps: Mapping[str, int]) -> None:
+        """Step flat runs of the parameters instead, as DeepSpeed's ZeRO hands them over.
+
+        params: this rank's run of each flattened parameter, by name; they are what `param_groups`
+            hold from now on, though at times only some do: `step` steps those.
+        steps: entries from one rank's run to the next's, by name.
+
+        Starts all state anew.
+        """
+        self._params, self.state = dict(params), defaultdict(dict)
+        shapes = {name: info.matrix_shape for name, info in self._infos.items()}
+        self._settle(arena, {n: Flat(shapes[n], arena.size, steps[n]) for n in params})
+
+    def _settle(self, arena: Arena, layouts: Mapping[str, Layout]) -> None:
+        """Plan for the parameters as they lie, and make their state."""
+        self._arena, self._layouts = arena, dict(layouts)
+        self._signatures = {name: _signature(p) for name, p in self._params.items()}
+        device = next((p.device.type for p in self._params.values()), "cpu")
+        matrices = self._matrices(self._wire.itemsize, device)
+        self._exchange = Exchange(make_plan(matrices, self._wishes, self._separate), arena)
         self._make_state()
 
     @property
@@ -126,10 +156,19 @@ class HybridOptimizer(torch.optim.Optimizer):
         """The exchange, with its counters."""
         return self._exchange
 
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """All parameters with their names, group by group."""
-        for group in self.param_groups:
-            yield from zip(group["names"], group["params"], strict=True)
+    @property
+    def arena(self) -> Arena:
+        """The ranks that step together."""
+        return self._arena
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """How each parameter lies over them."""
+        return self._layouts
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """All parameters, or the runs of them that were adopted, with their names."""
+        return self._params.items()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every state tensor by "<parameter>.<key>": what a checkpoint holds of the optimizer."""
@@ -141,30 +180,31 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     def set_lr(self, fraction: float) -> None:
         """Set every group to this fraction of its peak learning rate."""
-        for group in self.param_groups:
+        for group in self._groups:
             group["lr"] = fraction * group["peak_lr"]
 
     def _steepest(self) -> Iterable[tuple[dict[str, Any], Rule]]:
         """Param groups of steepest rules."""
-        for group in self.param_groups:
+        for group in self._groups:
             if isinstance(rule := self.rules[group["name"]], Rule):
                 yield group, rule
 
-    def _matrices(self, wire_bytes: int) -> list[Matrix]:
+    def _matrices(self, wire_bytes: int, device: str) -> list[Matrix]:
         matrices: list[Matrix] = []
         for group, rule in self._steepest():
             per_head = self._per_head[group["name"]]
             for name in group["names"]:
                 info, layout = self._infos[name], self._layouts[name]
                 matrices += matrices_of(
-                    info, group["name"], rule, layout, per_head, wire_bytes, self._device
+                    info, group["name"], rule, layout, per_head, wire_bytes, device
                 )
         return matrices
 
     def _make_state(self) -> None:
-        for group in self.param_groups:
+        for group in self._groups:
             rule = self.rules[group["name"]]
-            for name, param in zip(group["names"], group["params"], strict=True):
+            for name in group["names"]:
+                param = self._params[name]
                 if isinstance(rule, AdamW):
                     self.state[param] = rule.new_state(param)
                     continue
@@ -196,19 +236,24 @@ class HybridOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_places()
-        work = self._work()
+        active = [group for group in self.param_groups if group["params"]]
+        work = self._work(active)
+        names = {name for group in active for name in group["names"]}
         with ieee_products():
-            self._exchange.run(work, self._step_entries)
+            self._exchange.run(work, names, lambda: self._step_entries(active))
         self.readings.close()
         return loss
 
-    def _work(self) -> MatrixWork:
+    def _work(self, active: Sequence[dict[str, Any]]) -> MatrixWork:
         """Fold the gradients into the momenta; what the exchange then works on."""
         updates: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
-        for group, rule in self._steepest():
-            frozen = float(group["lr"]) == 0.0
-            for name, param in zip(group["names"], group["params"], strict=True):
+        for group in active:
+            rule, frozen = self.rules[group["name"]], float(group["lr"]) == 0.0
+            if isinstance(rule, AdamW):
+                continue
+            for name in group["names"]:
+                param = self._params[name]
                 buffer = _local(self.state[param]["momentum"])
                 if not frozen and param.grad is not None:
                     update = rule.average(_grad(param).to(_MOMENTUM), buffer)
@@ -216,7 +261,7 @@ class HybridOptimizer(torch.optim.Optimizer):
                     update = buffer if frozen else buffer.mul_(rule.momentum)
                 updates[name] = update.reshape(-1)
                 weights[name] = _flat(name, param)
-        lrs = {group["name"]: float(group["lr"]) for group in self.param_groups}
+        lrs = {group["name"]: float(group["lr"]) for group in active}
         rules = {group["name"]: rule for group, rule in self._steepest()}
         return MatrixWork(updates, weights, rules, lrs, self._row_state, self.readings)
 
@@ -233,13 +278,14 @@ class HybridOptimizer(torch.optim.Optimizer):
             if "second_moment" in self.state[param]
         }
 
-    def _step_entries(self) -> None:
+    def _step_entries(self, active: Sequence[dict[str, Any]]) -> None:
         """Clip and step what AdamW steps."""
         if self.max_norm:
             self.entry_norm = self.clip_entries_(self.max_norm)
-        for group in self.param_groups:
+        for group in active:
             rule = self.rules[group["name"]]
-            params = [p for p in group["params"] if p.grad is not None]
+            named = (self._params[name] for name in group["names"])
+            params = [p for p in named if p.grad is not None]
             if isinstance(rule, AdamW) and params and float(group["lr"]) != 0.0:
                 rule.step(
                     [_local(p) for p in params],
@@ -257,11 +303,11 @@ class HybridOptimizer(torch.optim.Optimizer):
         that hold a copy, and one sum goes over all ranks. None when no group is element-wise.
         """
         found: dict[str, Tensor] = {}
-        for group in self.param_groups:
+        for group in self._groups:
             if isinstance(self.rules[group["name"]], AdamW):
-                for name, param in zip(group["names"], group["params"], strict=True):
-                    if param.grad is not None:
-                        found[name] = _grad(param)
+                for name in group["names"]:
+                    if self._params[name].grad is not None:
+                        found[name] = _grad(self._params[name])
         if not found:
             return None
         squares = []

@@ -1,6 +1,7 @@
 """What a step says about its own directions, gathered on the device and read by the log."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,16 +54,26 @@ class Readings:
         count, self._fell_back = self._fell_back, None
         return 0 if count is None else int(count)
 
-    def summary(self) -> dict[str, float]:
+    def values(self) -> dict[str, list[float]]:
+        """Each reading of each matrix that this rank looked at in the last inspected step."""
+        return {
+            name: torch.cat([v.double().cpu() for v in values]).tolist()
+            for name, values in self._looked.items()
+        }
+
+    def summary(self, others: Sequence[dict[str, list[float]]] = ()) -> dict[str, float]:
         """Worst and median of each reading over the matrices of the last inspected step.
+
+        others: `values` of all ranks, which each look at the matrices they own; own ones if empty.
 
         Names: gap (shortfall from the certified optimum), tangency, norm (of the direction),
         residual (of the weight), spectrum (singular values of the weight where RMS -> RMS norm 1
         is 1); the largest of each and the median, the smallest where the name says so.
         """
         found: dict[str, float] = {}
-        for name, values in self._looked.items():
-            joined = torch.cat([v.double().cpu() for v in values])
+        everyone = others or [self.values()]
+        for name in dict.fromkeys(name for one in everyone for name in one):
+            joined = torch.tensor([v for one in everyone for v in one.get(name, [])]).double()
             if name.endswith("_min"):
                 found[name] = float(joined.min())
             else:

@@ -5,7 +5,7 @@ While a bucket is computed, the next one's first collective and the last one's s
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -128,17 +128,26 @@ class Exchange:
             "all ranks with one config, model and shard.* settings"
         )
 
-    def run(self, work: Work, meanwhile: Callable[[], None] | None = None) -> None:
-        """Step every matrix of the plan.
+    def run(
+        self,
+        work: Work,
+        params: Collection[str] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """Step every matrix of the plan, or those buckets that are of the given parameters.
 
         meanwhile: called once, while the first bucket travels.
         """
         landing: _Flight | None = None
-        buckets = list(enumerate(self.plan.buckets))
+        buckets = [
+            (index, bucket)
+            for index, bucket in enumerate(self.plan.buckets)
+            if params is None or bucket.matrices[0].param in params
+        ]
         flight = self._depart(*buckets[0], work) if buckets else None
         if meanwhile is not None:
             meanwhile()
-        for following in [*buckets[1:], None]:
+        for following in [*buckets[1:], None] if buckets else []:
             assert flight is not None
             self._arrive(flight)
             ahead = self._depart(*following, work) if following is not None else None

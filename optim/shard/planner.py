@@ -34,18 +34,27 @@ def candidates(matrix: Matrix, wishes: Wishes) -> list[Transport]:
     return found
 
 
-def make_plan(matrices: Sequence[Matrix], wishes: Wishes | None = None) -> Plan:
+def make_plan(
+    matrices: Sequence[Matrix], wishes: Wishes | None = None, separate: bool = False
+) -> Plan:
     """Choose transports and owners, and fill buckets.
 
     Matrices of equal shape, layout and rule take the same transport. Owners are chosen longest
     processing time first (R. L. Graham, 1969) over all ranks: who stores less of a matrix than
     others is charged for the bytes. Buckets follow that order, so each is balanced and holds equal
     shapes together.
+
+    separate: a bucket for each parameter, in the given order.
     """
     wishes = wishes or Wishes()
     ranks = max((m.layout.ranks for m in matrices), default=1)
     choice = _choose(matrices, ranks, wishes)
     jobs = _assign(matrices, choice, ranks, wishes)
+    if separate:
+        of: dict[str, list[Job]] = {matrix.param: [] for matrix in matrices}
+        for job in jobs:
+            of[job.matrix.param].append(job)
+        return Plan(tuple(Bucket(tuple(own), ranks) for own in of.values()), ranks, wishes)
     still = [job for job in jobs if job.transport is Transport.LOCAL]
     moving = [job for job in jobs if job.transport is not Transport.LOCAL]
     buckets = _fill(moving, ranks, wishes.max_buffer_mb * 2**20)
