@@ -103,11 +103,14 @@ class DeepSpeed:
             self._adopt(config)
 
     def _adopt(self, config: Config) -> None:
+        zero = self.engine.optimizer
         runs = (
-            "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
         )
         names = [name for name, _ in self._optimizer.named_parameters()]
-        found = dict(zip(names, getattr(self._zero, runs), strict=True))
+        found = dict(zip(names, runs, strict=True))
         arena = Arena.of_group(dist.group.WORLD)
         for name, run in found.items():
             info = self._infos[name]
