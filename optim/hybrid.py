@@ -333,8 +333,9 @@ class HybridOptimizer(torch.optim.Optimizer):
         """
         for name, param in self.named_parameters():
             if (found := _signature(param)) != (planned := self._signatures[name]):
+                was, now = (", ".join(map(str, one)) for one in (planned, found))
                 raise UsageError(
-                    f"parameter '{name}' was planned as {planned} and is now {found}: weights may "
+                    f"parameter '{name}' was planned as {was} and is now {now}: weights may "
                     "not be moved, resharded or replaced after the optimizer was made; make it "
                     "after fully_shard, parallelize_module and .to(device)"
                 )
@@ -366,9 +367,9 @@ def _flat(name: str, param: Tensor) -> Tensor:
     return local.view(-1)
 
 
-def _signature(param: Any) -> str:
+def _signature(param: Any) -> tuple[Any, ...]:
     """How a parameter lies: what may not change after the plan was made."""
-    text = f"shape {tuple(param.shape)} {param.dtype} on {param.device.type}"
+    place = (tuple(param.shape), param.dtype, param.device.type)
     if hasattr(param, "placements"):
-        text += f" as {param.placements} over {param.device_mesh}"
-    return text
+        return (*place, param.placements, param.device_mesh)
+    return place

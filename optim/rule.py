@@ -123,13 +123,23 @@ class Rule:
         The second half matters: a retraction of an unmoved weight would still round it.
         """
         if not self.manifold.constrains:
-            return (1.0 - lr * self.decay) * weight - (lr * self.radius) * direction
+            kept = (1.0 - lr * self.decay) * weight if self.decay else weight
+            return torch.add(kept, direction, alpha=-lr * self.radius)
         step = lr * self.length(weight.shape)
         moved = self.manifold.retract((1.0 - lr * self.decay) * weight - step * direction, lr)
         if self.decay:
             return moved
         still = (direction == 0).flatten(-2).all(dim=-1)[..., None, None]
         return weight.where(still, moved)
+
+    def move_(self, weight: Tensor, direction: Tensor, lr: float) -> None:
+        """`move` in place, in Euclidean space; only fp32 weights can do without a copy."""
+        if weight.dtype != direction.dtype:
+            weight.copy_(self.move(weight, direction, lr))
+            return
+        if self.decay:
+            weight.mul_(1.0 - lr * self.decay)
+        weight.add_(direction, alpha=-lr * self.radius)
 
     def divide_rows(self, direction: Tensor, second: Tensor) -> Tensor:
         """NorMuon's step: divide rows by the root of their running mean square, keep ||D||_F.

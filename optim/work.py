@@ -85,8 +85,9 @@ class MatrixWork:
             return
         weight = view(self.weights[matrix.param], piece)
         if matrix.operands == 1:
-            result = self.rules[matrix.rule].move(weight, result, lr)
-        weight.copy_(result)
+            self.rules[matrix.rule].move_(weight, result, lr)
+        else:
+            weight.copy_(result)
 
     # Steps from sums.
 

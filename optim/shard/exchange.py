@@ -20,12 +20,13 @@ from geon.optim.shard.matrix import FP32, Job, Matrix, Transport
 from geon.optim.shard.plan import Bucket, Plan
 from geon.optim.shard.script import (
     SUMMED,
+    Part,
     Script,
-    carried,
-    narrow,
+    pack_words,
     sizes_in,
     take_words,
     view,
+    widen,
     write_script,
 )
 
@@ -169,15 +170,15 @@ class Exchange:
             flight.sums = {id(job): own for job, own in zip(script.summed, found, strict=True)}
         if not bucket.gathers:
             return flight
-        parts: list[list[Tensor]] = [[] for _ in range(self.arena.size)]
+        parts: list[list[Part]] = [[] for _ in range(self.arena.size)]
         for receiver, job in script.sends:
             if job.transport in SUMMED:
-                parts[receiver].append(flight.sums[id(job)])
+                parts[receiver].append((flight.sums[id(job)], FP32))
                 continue
             for index_, size in enumerate(sizes_in(job.matrix)):
                 flat = work.operand(job.matrix, index_)
                 for piece in job.matrix.holding.pieces[rank]:
-                    parts[receiver].append(narrow(view(flat, piece), size))
+                    parts[receiver].append((view(flat, piece), size))
         sizes = [0] * self.arena.size
         for sender, job in script.receives:
             sizes[sender] += job.bytes_down(sender)
@@ -217,10 +218,10 @@ class Exchange:
         """Take results from their owners."""
         script, rank = flight.script, self.arena.rank
         if flight.handle is not None:
-            received = self._wait(flight, "scatter")
-            at = 0
+            half, at = script.half[1], 0
+            received, half = widen(self._wait(flight, "scatter"), half, script.all_half[1])
             for _, job in script.arrivals:
-                at = self._take(flight, job, received, at, work)
+                at = self._take(flight, job, received, at, half, work)
         if script.summed:
             nothing = torch.empty(0, device=self.arena.device)  # all its rows are its own
             found = [flight.coefficients.get((id(job), rank), nothing) for job in script.summed]
@@ -238,7 +239,8 @@ class Exchange:
         incoming: dict[int, dict[int, Tensor]] = defaultdict(dict)
         if flight.handle is None:
             return incoming
-        half, received, at = flight.script.half[0], flight.handle.received, 0
+        half, at = flight.script.half[0], 0
+        received, half = widen(flight.handle.received, half, flight.script.all_half[0])
         for sender, job in flight.script.receives:
             parts = []
             summed = job.transport in SUMMED
@@ -287,23 +289,26 @@ class Exchange:
         return result
 
     def _return(self, flight: _Flight, results: dict[int, Tensor], work: Work) -> None:
-        parts: list[list[Tensor]] = [[] for _ in range(self.arena.size)]
+        parts: list[list[Part]] = [[] for _ in range(self.arena.size)]
         for receiver, job in flight.script.returns:
             if job.transport in SUMMED:
-                parts[receiver].append(flight.coefficients[id(job), receiver])
+                parts[receiver].append((flight.coefficients[id(job), receiver], FP32))
                 continue
             if job.matrix.row_state:
-                parts[receiver].append(work.row_state(job.matrix))
+                parts[receiver].append((work.row_state(job.matrix), FP32))
             for piece in job.matrix.holding.pieces[receiver]:
                 own = results[id(job)][piece.region.slices]
-                parts[receiver].append(narrow(own, job.matrix.bytes_out))
+                parts[receiver].append((own, job.matrix.bytes_out))
         sizes = [0] * self.arena.size
         for sender, job in flight.script.arrivals:
             sizes[sender] += job.bytes_up(self.arena.rank)
         flight.handle = self._send(flight, "scatter", parts, sizes, flight.script.half[1])
 
-    def _take(self, flight: _Flight, job: Job, received: Tensor, at: int, work: Work) -> int:
-        half, rank = flight.script.half[1], self.arena.rank
+    def _take(
+        self, flight: _Flight, job: Job, received: Tensor, at: int, half: bool, work: Work
+    ) -> int:
+        """Read what came for a job; returns the place after it."""
+        rank = self.arena.rank
         if job.transport in SUMMED:
             words, at = take_words(received, at, job.matrix.sum_words(rank)[1], FP32, half)
             flight.coefficients[id(job), rank] = words
@@ -342,18 +347,15 @@ class Exchange:
         self,
         flight: _Flight,
         phase: str,
-        parts: Sequence[Sequence[Tensor]],
+        parts: Sequence[Sequence[Part]],
         receive_bytes: Sequence[int],
         half: bool,
     ) -> _Handle:
         """Start one all_to_all_single with exact splits."""
         dtype = torch.bfloat16 if half else torch.float32
-        unit = dtype.itemsize
-        flat = [[carried(t, dtype) for t in one] for one in parts]
-        send_sizes = [sum(t.numel() for t in one) for one in flat]
-        tensors = [t for one in flat for t in one]
-        device = self.arena.device
-        sent = torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype, device=device)
+        unit, device = dtype.itemsize, self.arena.device
+        send_sizes = [sum(t.numel() * size // unit for t, size in one) for one in parts]
+        sent = pack_words([part for one in parts for part in one], dtype, device)
         sizes = [size // unit for size in receive_bytes]
         received = torch.empty(sum(sizes), dtype=dtype, device=device)
         self.bytes_sent += sent.numel() * unit

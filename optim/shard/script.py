@@ -1,6 +1,7 @@
 """What one rank does in one bucket, worked out once from the plan; and how words are packed."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ class Script:
     local: list[Job]
     half: tuple[bool, bool]
     """Whether 2-byte words travel, each way."""
+    all_half: tuple[bool, bool]
+    """Whether nothing else does."""
 
 
 def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
@@ -87,6 +90,11 @@ def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
         if job.transport in SUMMED and job.owner == rank:
             owned[job.matrix.rule, job.matrix.shape, job.matrix.scale, job.transport].append(job)
     moving = [job for job in bucket.jobs if job.transport not in (*SUMMED, Transport.LOCAL)]
+    down = [size for j in moving for size in sizes_in(j.matrix)]
+    up = [j.matrix.bytes_out for j in moving if j.scatters]
+    up += [FP32 for j in moving if j.matrix.row_state]
+    summed = [j for j in bucket.jobs if j.transport in SUMMED]
+    down, up = down + [FP32 for _ in summed], up + [FP32 for _ in summed]
     return Script(
         sends,
         receives,
@@ -96,10 +104,8 @@ def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
         list(batches.values()),
         list(owned.values()),
         [j for j in bucket.jobs if j.transport is Transport.LOCAL],
-        (
-            any(j.matrix.wire_bytes != FP32 for j in moving),
-            any(j.matrix.bytes_out != FP32 for j in moving if j.scatters),
-        ),
+        (2 in down, 2 in up),
+        (2 in down and FP32 not in down, 2 in up and FP32 not in up),
     )
 
 
@@ -114,14 +120,23 @@ def sizes_in(matrix: Matrix) -> tuple[int, ...]:
     return (matrix.wire_bytes, FP32)[: matrix.operands]
 
 
-def narrow(tensor: Tensor, size: int) -> Tensor:
-    """A flat copy in words of `size` bytes."""
-    return tensor.to(torch.bfloat16 if size == 2 else torch.float32).reshape(-1)
+Part = tuple[Tensor, int]
+"""A tensor and the bytes of its words on the wire."""
 
 
-def carried(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bits of a flat tensor as words of the buffer: an fp32 word is two of bf16."""
-    return tensor if tensor.dtype == dtype else tensor.contiguous().view(dtype)
+def pack_words(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All parts in one flat buffer. Where the buffer is of bf16, an fp32 word is two of them."""
+    if not parts:
+        return torch.empty(0, dtype=dtype, device=device)
+    if all(size == dtype.itemsize for _, size in parts):  # one conversion instead of many
+        return torch.cat([t.reshape(-1) for t, _ in parts]).to(dtype)
+    flat = [t.reshape(-1).to(torch.bfloat16 if size == 2 else torch.float32) for t, size in parts]
+    return torch.cat([t if t.dtype == dtype else t.contiguous().view(dtype) for t in flat])
+
+
+def widen(received: Tensor, half: bool, all_half: bool) -> tuple[Tensor, bool]:
+    """The buffer in fp32 when all its words are of bf16, and whether it still holds halves."""
+    return (received.float(), False) if all_half else (received, half)
 
 
 def take_words(received: Tensor, at: int, words: int, size: int, half: bool) -> tuple[Tensor, int]:
