@@ -8,7 +8,6 @@ one. DeepSpeed's own Muon is not used: it picks weights by name, and takes embed
 
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from geon.configs.schema import Config, ParallelConfig
 from geon.errors import UsageError
+from geon.launch.env import default
 from geon.models import LanguageModel
 from geon.optim import AdamW, HybridOptimizer, ParamInfo
 from geon.optim.shard import Arena, Flat, Grid, Layout
@@ -191,7 +191,7 @@ def _param(key: str) -> str:
 def _quiet(device: torch.device) -> Iterator[None]:
     """Import and initialise DeepSpeed without its talk, and without compiling anything on a CPU."""
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        default("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -53,6 +53,11 @@ def read_env() -> Env:
     )
 
 
+def default(name: str, value: str) -> None:
+    """Set a variable that other packages read, unless the user has."""
+    os.environ.setdefault(name, value)
+
+
 def wants_traceback() -> bool:
     """Whether the user asked for tracebacks, as Hydra users do."""
     return os.environ.get("HYDRA_FULL_ERROR", "0") == "1"

@@ -1,6 +1,6 @@
 """A GPT's hidden matrices in every layout, for bench_sharding: parameters, gradients, counting."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from geon.engine.parallel import Parallel, mesh_shape
 from geon.launch.env import Env
 from geon.models import GPT, ModelShape
 from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral
-from geon.optim.shard import Arena, Wishes, view
+from geon.optim.shard import Arena, Region, Wishes, holding, view
 
 CONFIGS = {
     "ddp": ParallelConfig(Layouts.ddp),
@@ -123,6 +123,21 @@ class Bench:
             self.optimizer.step()
         self.optimizer.param_groups = groups
 
+    def locals(self) -> list[Tensor]:
+        """Copies of this rank's weights."""
+        return [_local(p).clone() for p in self._flat.values()]
+
+    def descents(self, before: Sequence[Tensor]) -> Tensor:
+        """<gradient, step> of each matrix, this rank's part: to be summed over ranks."""
+        parts = []
+        for (name, param), old in zip(self._flat.items(), before, strict=True):
+            layout, rank = self.optimizer.layouts[name], self.optimizer.arena.rank
+            box = Region((0, layout.shape[0]), (0, layout.shape[1]))
+            copies = len(holding(layout, box).of.get(rank, (0,)))
+            step = old.double() - _local(param).double()
+            parts.append((_local(param.grad).double() * step).sum() / copies)
+        return torch.stack(parts)
+
     def whole(self, name: str) -> Tensor:
         """A whole weight; every rank must call."""
         param: Any = self._flat[name].detach()
@@ -173,6 +188,11 @@ class Counter(TorchDispatchMode):
         else:
             return
         self.collectives += 1
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.detach()
 
 
 def _bytes(tensors: Any) -> int:

@@ -16,8 +16,9 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,13 +46,18 @@ def rules(half: bool) -> dict[str, Rule]:
     }
 
 
-def grads_of(infos: dict[str, ParamInfo], step: int) -> dict[str, Tensor]:
-    """Mean of two micro-batches."""
+@cache
+def _grads(infos: tuple[ParamInfo, ...], step: int) -> dict[str, Tensor]:
     micros = range(ACCUMULATION)
     return {
-        n: torch.stack([draw(i, 1 + step, 100 * micro) for micro in micros]).mean(dim=0)
-        for n, i in infos.items()
+        i.name: torch.stack([draw(i, 1 + step, 100 * micro) for micro in micros]).mean(dim=0)
+        for i in infos
     }
+
+
+def grads_of(infos: Mapping[str, ParamInfo], step: int) -> dict[str, Tensor]:
+    """Mean of two micro-batches; the same every time."""
+    return _grads(tuple(infos.values()), step)
 
 
 Trace = tuple[dict[str, Tensor], list[float]]
@@ -79,19 +85,17 @@ def errors(bench: Bench, alone: Trace) -> dict[str, float]:
     Descent is <gradient, step>: of a whole step, over all matrices, and of the worst matrix.
     """
     weights, descents = alone
-    own: list[float] = []
-    before = {n: bench.whole(n) for n in bench.infos}
+    own: list[Tensor] = []
     for step in range(STEPS):
-        grads = grads_of(bench.infos, step)
-        bench.set_grads(grads)
+        bench.set_grads(grads_of(bench.infos, step))
+        before = bench.locals()
         bench.step()
-        after = {n: bench.whole(n) for n in bench.infos}
-        own += [_inner(grads[n], before[n] - after[n]) for n in bench.infos]
-        before = after
-    worst = max(float((before[n] - w).norm() / w.norm()) for n, w in weights.items())
-    count = len(bench.infos)
-    mine, others = torch.tensor(own), torch.tensor(descents)
-    sums = mine.view(-1, count).sum(dim=1), others.view(-1, count).sum(dim=1)
+        own.append(bench.descents(before))
+    mine = torch.stack(own)
+    dist.all_reduce(mine)
+    others = torch.tensor(descents).view(mine.shape)
+    sums = mine.sum(dim=1), others.sum(dim=1)
+    worst = max(float((bench.whole(n) - w).norm() / w.norm()) for n, w in weights.items())
     return {
         "max_rel_error": worst,
         "descent_rel_error": float(((sums[0] - sums[1]) / sums[1]).abs().max()),

@@ -33,19 +33,11 @@ MACHINES = {
 def lower_bound_words(held: Holding) -> float | None:
     """Least words that a rank must send on average for exact polar factors; None if not known.
 
-    A rank that stores some rows of X must put out the same rows of polar(X). With its own rows
-    fixed, these range over a set whose dimension is the number of words it must receive, and what
-    all ranks receive all ranks send. For k of l rows along the long side, and short side s,
-    O_r = X_r (X^T X)^(-1/2), where the rest of the matrix enters by its Gram alone:
-
-        k s - k (k - 1) / 2 for k <= s, s (s + 1) / 2 for more.
-
-    For k of s rows along the short side, O_r O_r^T = I and O_r X_r^T is symmetric:
-
-        k l - k^2, or (s - k) l - (s - k) (s - k - 1) / 2 if that is less.
-
-    A box that spans neither side is bounded by its entries alone. tests/optim/test_shard_cost.py
-    computes the dimensions as ranks of Jacobians.
+    A rank that stores k of the rows of X must put out the same rows of polar(X). With its own rows
+    fixed, these range over a set whose dimension is the number of words that it must receive; and
+    what all ranks receive, all ranks send. `along_long` and `along_short` are the dimensions. A
+    box that spans neither side is bounded by its entries, and by those of the rows it lies in.
+    tests/optim/test_shard_cost.py finds the same dimensions as ranks of Jacobians.
     """
     short, long = sorted(held.box.shape)
     tall = held.box.shape[0] >= held.box.shape[1]
@@ -55,18 +47,31 @@ def lower_bound_words(held: Holding) -> float | None:
             continue
         if len(own) > 1:
             return None
-        sides = own[0].region.shape if tall else own[0].region.shape[::-1]
-        along, across = sides
+        along, across = own[0].region.shape if tall else own[0].region.shape[::-1]
         if across == short:
-            received += _long_side(along, short)
+            received += along_long(along, short, long)
         elif along == long:
-            rest = short - across
-            received += min(across * long - across**2, rest * long - rest * (rest - 1) / 2)
+            received += along_short(across, short, long)
         else:
-            received += min(words, _long_side(along, short))
+            received += min(words, along_long(along, short, long))
     return received / len(held.pieces)
 
 
-def _long_side(rows: int, short: int) -> float:
-    k = min(rows, short)
-    return k * short - k * (k - 1) / 2
+def along_long(k: int, short: int, long: int) -> int:
+    """Words for k of `long` rows: O = X_k Q, Q = (X^T X)^(-1/2), where the others enter by a Gram.
+
+    k s - k (k - 1) / 2 for k <= s, s (s + 1) / 2 for more; when fewer than s other rows are left,
+    their Gram is of low rank, which takes off what a symmetric matrix of the missing size has.
+    """
+    most = min(k, short)
+    missing = max(0, short - (long - k))
+    return most * short - most * (most - 1) // 2 - missing * (missing + 1) // 2
+
+
+def along_short(k: int, short: int, long: int) -> int:
+    """Words for k of `short` rows: O O^T = I and O X_k^T is symmetric, which leaves k l - k^2.
+
+    What X_k has beyond O comes from the other rows: if they are fewer than k, its rank is theirs.
+    """
+    rest = short - k
+    return k * long - k * k - max(0, k - rest) * max(0, long - k - rest)

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from geon.optim.norms import Reach
@@ -215,20 +215,32 @@ class Job:
     @cached_property
     def traffic(self) -> Traffic:
         """What a step sends."""
-        maps = [defaultdict[int, int](int) for _ in range(4)]
-        out, received, up, result = maps
+        out, received, up, result = (defaultdict[int, int](int) for _ in range(4))
+        down_bytes, up_bytes = _both_ways(self.matrix, self.transport)
         everyone = range(self.matrix.layout.ranks)
         for receiver in everyone if self.transport is Transport.ALLGATHER else (self.owner,):
             for ranks in self.gathers(receiver):
                 source = self.matrix.holding.source(ranks, receiver)
-                out[source] += self.bytes_down(source)
-                received[receiver] += self.bytes_down(source)
+                out[source] += down_bytes[source]
+                received[receiver] += down_bytes[source]
         if self.scatters:
-            for rank in everyone:
-                if rank != self.owner and (size := self.bytes_up(rank)):
-                    up[self.owner] += size
-                    result[rank] += size
-        return Traffic(*(dict(m) for m in maps))
+            result.update({r: n for r, n in enumerate(up_bytes) if n and r != self.owner})
+            up[self.owner] = sum(result.values())
+        return Traffic(out, received, up, result)
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of a step on all ranks together."""
+        matrix, held = self.matrix, self.matrix.holding
+        share = sum(held.words) / (matrix.shape[0] * matrix.shape[1])
+        if self.transport is Transport.OWNER:
+            return matrix.flops
+        if self.transport is Transport.ALLGATHER:
+            return matrix.flops * (matrix.layout.ranks if matrix.row_state else len(held.of))
+        if self.transport is Transport.LOCAL:
+            return round(matrix.flops * share)
+        assert matrix.sums is not None
+        return matrix.sums.owner_flops + round(matrix.sums.shared_flops * share)
 
     def flops(self, rank: int) -> int:
         """FLOPs of a step on a rank."""
@@ -288,3 +300,39 @@ class Job:
         if self.transport is Transport.LOCAL or not computes:
             return 0
         return matrix.shape[0] * matrix.shape[1] * FP32 * (matrix.operands + 1)
+
+
+def _both_ways(matrix: Matrix, transport: Transport) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes each rank sends to one receiver, and receives from the owner."""
+    key = (matrix.layout, matrix.box, matrix.bytes_in, matrix.bytes_out, matrix.sums)
+    return _cached_both_ways(*key, matrix.row_state, transport, _ByIdentity(matrix))
+
+
+@dataclass(frozen=True)
+class _ByIdentity:
+    """Rides along in a cached call without being part of its key."""
+
+    matrix: Matrix
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=4096)
+def _cached_both_ways(
+    layout: Layout,
+    box: Region,
+    bytes_in: int,
+    bytes_out: int,
+    sums: Sums | None,
+    row_state: bool,
+    transport: Transport,
+    carrier: _ByIdentity,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    job = Job(carrier.matrix, transport, 0)
+    everyone = range(layout.ranks)
+    up = tuple(job.bytes_up(r) for r in everyone) if job.scatters else ()
+    return tuple(job.bytes_down(r) for r in everyone), up

@@ -201,7 +201,7 @@ class Plan:
                 "owner": job.owner,
                 "bucket": index,
                 "bytes_sent": job.traffic.total,
-                "flops": sum(job.flops(r) for r in range(self.ranks)),
+                "flops": job.total_flops,
                 "scale": job.matrix.scale,
             }
             for index, bucket in enumerate(self.buckets)
@@ -234,7 +234,7 @@ class Plan:
         ]
         for (rule, shape, layout, transport), jobs in kinds.items():
             sent = sum(job.traffic.total for job in jobs) / self.ranks
-            flops = sum(job.flops(r) for job in jobs for r in range(self.ranks))
+            flops = sum(job.total_flops for job in jobs)
             owners = len({job.owner for job in jobs}) if jobs[0].scatters else 0
             lines.append(
                 f"{rule:<10} {shape:<14} {layout:<13} {transport:<10} {len(jobs):>5} "

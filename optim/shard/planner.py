@@ -1,11 +1,12 @@
 """Which transport each matrix takes, who owns it, and what travels together. No torch in here."""
 
+import heapq
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from geon.optim.norms import Reach
 from geon.optim.shard.matrix import Job, Matrix, Transport
-from geon.optim.shard.plan import Bucket, Load, Plan, add, phases
+from geon.optim.shard.plan import Bucket, Load, Plan, add
 from geon.optim.shard.wishes import Wishes
 
 
@@ -91,27 +92,79 @@ def _choose(matrices: Sequence[Matrix], ranks: int, wishes: Wishes) -> dict[Kind
         }
     choice = {kind: found[0] for kind, found in options.items()}
     open_kinds = [kind for kind in kinds if len(options[kind]) > 1]
-    best = _predict(matrices, choice, ranks, wishes) if open_kinds else 0.0
+    prices = {
+        (kind, t): _price(kinds[kind], t, ranks, wishes) for kind in kinds for t in options[kind]
+    }
+    best = _predict(prices, choice, ranks, wishes) if open_kinds else 0.0
     for _ in range(2):
         for kind in open_kinds:
             for transport in options[kind]:
                 trial = {**choice, kind: transport}
-                seconds = _predict(matrices, trial, ranks, wishes)
+                seconds = _predict(prices, trial, ranks, wishes)
                 if seconds < 0.98 * best:  # not for a few percent of a rough prediction
                     choice, best = trial, seconds
     return choice
 
 
+class _Price(NamedTuple):
+    """What a kind of matrices costs by one transport.
+
+    Attributes:
+        count: how many there are.
+        owned: whether each has an owner.
+        gather, scatter: bytes that all ranks send for one of them, each way.
+        owner_seconds: on its owner.
+        seconds: on every rank.
+    """
+
+    count: int
+    owned: bool
+    gather: int
+    scatter: int
+    owner_seconds: float
+    seconds: float
+
+
+def _price(members: Sequence[Matrix], transport: Transport, ranks: int, wishes: Wishes) -> _Price:
+    machine = wishes.machine
+    job = Job(members[0], transport, _holders(members[0])[0])
+    rate = machine.half_flops if job.half else machine.flops
+    others = job.total_flops - job.owner_flops
+    return _Price(
+        len(members),
+        job.scatters,
+        sum(job.traffic.gather_sent.values()),
+        sum(job.traffic.scatter_sent.values()),
+        job.owner_flops / rate,
+        others / ranks / rate,
+    )
+
+
 def _predict(
-    matrices: Sequence[Matrix], choice: dict[Kind, Transport], ranks: int, wishes: Wishes
+    prices: dict[tuple[Kind, Transport], _Price],
+    choice: dict[Kind, Transport],
+    ranks: int,
+    wishes: Wishes,
 ) -> float:
-    """Seconds of a step when everything travels in one bucket, a latency for each full buffer."""
-    jobs = _assign(matrices, choice, ranks, wishes)
-    bucket = Bucket(tuple(jobs), ranks)
-    before, after, work = phases(bucket, wishes.machine)
-    most = max(load.buffer for load in bucket.loads)
-    more = most / (wishes.max_buffer_mb * 2**20) * bucket.collectives * wishes.machine.latency
-    return before + after + work + more
+    """Seconds of a step with everything in one bucket, and a latency more for each full buffer.
+
+    Each rank's share of what travels, or all that its busiest owner receives and sends.
+    """
+    chosen = [prices[pair] for pair in choice.items()]
+    owned = [p for p in chosen if p.owned for _ in range(p.count)]
+    heap = [(0.0, 0, 0, rank) for rank in range(min(ranks, max(1, len(owned))))]
+    for price in sorted(owned, key=lambda p: -p.owner_seconds):
+        seconds, gather, scatter, rank = heapq.heappop(heap)
+        load = (seconds + price.owner_seconds, gather + price.gather, scatter + price.scatter)
+        heapq.heappush(heap, (*load, rank))
+    gather, scatter = (sum(p.count * each for p in chosen for each in [p[i]]) for i in (2, 3))
+    before = max(gather / ranks, max(load[1] for load in heap))
+    after = max(scatter / ranks, max(load[2] for load in heap))
+    machine = wishes.machine
+    fills = 1 + (before + after) / (wishes.max_buffer_mb * 2**20)
+    latency = machine.latency * fills * ((before > 0) + (after > 0))
+    work = max(load[0] for load in heap) + sum(p.count * p.seconds for p in chosen)
+    return latency + (before + after) / machine.bandwidth + work
 
 
 def _holders(matrix: Matrix) -> list[int]:

@@ -39,39 +39,24 @@ class Script:
 
 def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
     """Work out what `rank` does. alone: matrices are computed one by one."""
-    ranks = range(bucket.ranks)
-    sends = [
-        (receiver, job)
-        for receiver in ranks
-        for job in bucket.jobs
-        for copies in job.gathers(receiver)
-        if rank in copies
-        and job.matrix.holding.source(copies, receiver) == rank
-        and job.bytes_down(rank)
-    ]
-    wanted = [
-        (job.matrix.holding.source(copies, rank), order, job)
-        for order, job in enumerate(bucket.jobs)
-        for copies in job.gathers(rank)
-    ]
-    receives = [
-        (sender, job)
-        for sender, _, job in sorted(wanted, key=lambda x: x[:2])
-        if job.bytes_down(sender)
-    ]
-    returned = [job for job in bucket.jobs if job.scatters]
-    returns = [
-        (receiver, job)
-        for receiver in ranks
-        for job in returned
-        if job.owner == rank and receiver != rank and job.bytes_up(receiver)
-    ]
-    arrivals = [
-        (sender, job)
-        for sender in ranks
-        for job in returned
-        if job.owner == sender and sender != rank and job.bytes_up(rank)
-    ]
+    everyone = range(bucket.ranks)
+    sends, receives, returns, arrivals = ([] for _ in range(4))  # type: ignore[var-annotated]
+    for order, job in enumerate(bucket.jobs):
+        held, all_gather = job.matrix.holding, job.transport is Transport.ALLGATHER
+        mine = held.of.get(rank)
+        if mine is not None and job.transport is not Transport.LOCAL and job.bytes_down(rank):
+            for receiver in everyone if all_gather else (job.owner,):
+                wanted = receiver not in mine and (receiver in held.of or job.matrix.row_state)
+                if wanted and held.source(mine, receiver) == rank:
+                    sends.append((receiver, order, job))
+        for copies in job.gathers(rank):
+            if job.bytes_down(sender := held.source(copies, rank)):
+                receives.append((sender, order, job))
+        if job.scatters and job.owner == rank:
+            others = (r for r in everyone if r != rank and job.bytes_up(r))
+            returns += [(r, order, job) for r in others]
+        elif job.scatters and job.bytes_up(rank):
+            arrivals.append((job.owner, order, job))
     whole = [
         job
         for job in bucket.jobs
@@ -96,10 +81,7 @@ def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
     summed = [j for j in bucket.jobs if j.transport in SUMMED]
     down, up = down + [FP32 for _ in summed], up + [FP32 for _ in summed]
     return Script(
-        sends,
-        receives,
-        returns,
-        arrivals,
+        *(_in_order(found) for found in (sends, receives, returns, arrivals)),
         [j for j in bucket.jobs if j.transport in SUMMED and rank in j.matrix.holding.of],
         list(batches.values()),
         list(owned.values()),
@@ -107,6 +89,11 @@ def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
         (2 in down, 2 in up),
         (2 in down and FP32 not in down, 2 in up and FP32 not in up),
     )
+
+
+def _in_order(found: list[tuple[int, int, Job]]) -> list[tuple[int, Job]]:
+    """By the other rank, then by the place in the bucket: as both sides pack."""
+    return [(rank, job) for rank, _, job in sorted(found, key=lambda one: one[:2])]
 
 
 def view(flat: Tensor, piece: Piece) -> Tensor:

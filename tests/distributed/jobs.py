@@ -1,6 +1,8 @@
 """Small real training jobs through the launcher, and what they leave."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import torch
@@ -33,6 +35,14 @@ def train(output: Path, name: str, ranks: int, *arguments: str, ok: bool = True)
         return done
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return output / name
+
+
+def launch(command: list[str], timeout: float) -> subprocess.CompletedProcess:
+    """Run a program of the tests under a launcher, one thread a rank."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(local.ROOT)}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, check=False, env=env
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

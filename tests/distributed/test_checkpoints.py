@@ -51,6 +51,32 @@ def test_resume_on_other_ranks_reads_the_same_tokens(tmp_path, first, then):
     assert distance(whole, weights(run)) <= 1e-5
 
 
+def test_a_run_goes_on_in_any_other_layout(tmp_path):
+    """Saved on four ranks, FSDP2 x tensor parallel; read on one to four, laid out otherwise."""
+    batch = "data.batch_tokens=3072"
+    run = train(tmp_path, "run", 4, "parallel=fsdp_tp", batch, *HALF)
+    whole = weights(run)
+    cut_back(run)
+    half = tmp_path / "half"
+    shutil.copytree(run, half)
+    for ranks, layout in ((1, "single"), (2, "tp"), (3, "deepspeed_z3"), (4, "hsdp"), (2, "ddp")):
+        shutil.rmtree(run)
+        shutil.copytree(half, run)
+        train(tmp_path, "run", ranks, f"parallel={layout}", batch, *HALF)
+        assert [r["step"] for r in metrics(run, "train")] == [10, 20]
+        assert distance(whole, weights(run)) <= 1e-5, layout
+
+
+def test_what_deepspeed_saves_is_read_by_others(tmp_path):
+    """NorMuon's second moments too, which are whole on every rank."""
+    options = ["optim=normuon", "optim.max_norm=0", "data.batch_tokens=3072", *HALF]
+    run = train(tmp_path, "run", 3, "parallel=deepspeed_z1", *options)
+    whole = weights(run)
+    cut_back(run)
+    train(tmp_path, "run", 2, "parallel=fsdp", *options)
+    assert distance(whole, weights(run)) <= 1e-5
+
+
 def test_retention_and_uncommitted_folders(tmp_path):
     run = train(tmp_path, "run", 1, "checkpoint.every=4", "checkpoint.keep=2")
     names = sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())

@@ -10,7 +10,7 @@ from tests.distributed.jobs import distance, metrics, train, weights
 pytestmark = pytest.mark.dist
 
 CASES = [
-    ("hybrid", 2, ["parallel=ddp", "data.micro_batch=4"]),
+    ("hybrid", 2, ["parallel=ddp", "data.micro_batch=4", "shard.transport=owner"]),
     ("hybrid", 2, ["parallel=fsdp"]),
     ("hybrid", 2, ["parallel=fsdp", "data.micro_batch=4", "shard.max_buffer_mb=0.05"]),
     ("hybrid", 3, ["parallel=fsdp", "data.batch_tokens=1920"]),
@@ -18,6 +18,12 @@ CASES = [
     ("muon", 2, ["parallel=fsdp", "model.fused_qkv=true"]),
     ("scion", 2, ["parallel=fsdp"]),
     ("adamw", 2, ["parallel=fsdp", "model=gpt2"]),
+    ("hybrid", 2, ["parallel=tp"]),
+    ("scion", 4, ["parallel=fsdp_tp", "data.micro_batch=4"]),
+    ("hybrid", 2, ["parallel=deepspeed_z0"]),
+    ("hybrid", 3, ["parallel=deepspeed_z1", "data.batch_tokens=3840", "data.micro_batch=10"]),
+    ("hybrid", 2, ["parallel=deepspeed_z2", "data.micro_batch=4"]),
+    ("muon", 2, ["parallel=deepspeed_z3", "optim.max_norm=0", "data.micro_batch=4"]),
     ("muon", 2, ["parallel=fsdp", "optim.hidden.per_head=true"]),
 ]
 
@@ -57,15 +63,24 @@ def test_sharding_the_optimizer_changes_no_bit(tmp_path, model, more):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_printed_plan_is_the_plan_that_runs(tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "fsdp"),
+        (4, "fsdp_tp"),
+        (4, "hsdp"),
+        (3, "deepspeed_z1"),
+        (2, "deepspeed_z3"),
+    ],
+)
+def test_the_printed_plan_is_the_plan_that_runs(tmp_path, ranks, layout):
     from geon.launch import local
     from tests.distributed.jobs import TINY
 
-    options = ["parallel=fsdp", "optim=hybrid", "schedule.steps=1"]
-    folder = train(tmp_path, "run", 2, *options)
-    done = local.run(
-        1, [*TINY, *options, "mode=plan", "plan.format=json", "plan.world_size=2"], timeout=60
-    )
+    options = [f"parallel={layout}", "optim=hybrid", "schedule.steps=1", "data.batch_tokens=3072"]
+    folder = train(tmp_path, "run", ranks, *options)
+    ahead = ["mode=plan", "plan.format=json", f"plan.world_size={ranks}"]
+    done = local.run(1, [*TINY, *options, *ahead], timeout=60)
     printed, followed = json.loads(done.stdout), json.loads((folder / "plan.json").read_text())
     assert printed == followed
 
@@ -79,4 +94,18 @@ def test_a_wrong_rank_count_is_one_clear_error_on_every_rank(tmp_path):
     assert not (tmp_path / "x").exists()
     done = train(tmp_path, "x", 3, "parallel=hsdp", "parallel.replicas=2", ok=False)
     assert "parallel.replicas 2 does not fit 3 ranks" in done.stderr
+    for options, words in (
+        (["parallel=tp", "model.fused_qkv=true"], "model.fused_qkv=true with 2 tensor ranks"),
+        (["parallel=tp", "model.n_head=1"], "model.n_head 1 does not divide over 2 tensor ranks"),
+        (
+            ["parallel=ddp", "parallel.tensor=2"],
+            "parallel.tensor 2 goes with parallel=fsdp or hsdp",
+        ),
+        (["parallel=deepspeed_z1", "optim=muon"], "set optim.max_norm=0"),
+        (["parallel=fsdp", "shard.transport=gram", "shard.reproducible=true"], "takes owners only"),
+    ):
+        done = train(tmp_path, "x", 2, *options, ok=False)
+        assert done.returncode != 0
+        assert words in done.stderr, done.stderr[-2000:]
+        assert not (tmp_path / "x").exists()
     assert not (tmp_path / "x").exists()

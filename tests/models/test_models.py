@@ -212,3 +212,25 @@ def test_bad_shapes_name_the_key():
         make("gpt", n_layer=0)
     with pytest.raises(UsageError, match=r"33 tokens.*model.context"):
         make("gpt2")(tokens(time=33))
+
+
+@pytest.mark.parametrize("arch", list(MODELS))
+def test_tensor_parallelism_cuts_every_hidden_matrix_and_whole_heads(arch):
+    from geon.configs.schema import Layouts, ParallelConfig
+    from geon.engine.parallel import planned_layouts
+
+    model = MODELS[arch](ModelShape(64, 16, 2, 4, 32))
+    layouts = planned_layouts(model, ParallelConfig(Layouts.tp), 2)
+    for info in model.infos:
+        held = layouts[info.name].name
+        if info.role == "hidden":
+            by_cols = info.name.endswith(("proj_out.weight", "down.weight"))
+            assert held == ("cols/2" if by_cols else "rows/2"), info.name
+        elif info.role in ("gain", "tied"):
+            assert held == "whole x2", info.name
+    # Two mesh dimensions on one axis: tensor parallelism first, FSDP2 within.
+    both = planned_layouts(model, ParallelConfig(Layouts.fsdp, tensor=2), 4)
+    assert both["blocks.0.up.weight"].name == "rows/4"
+    assert both["blocks.0.down.weight"].name == "cols/4"  # wide: along its long side
+    rows = planned_layouts(model, ParallelConfig(Layouts.fsdp, tensor=2, long_side=False), 4)
+    assert rows["blocks.0.down.weight"].name == "cols/2 rows/2"

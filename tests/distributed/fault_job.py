@@ -1,0 +1,94 @@
+"""Started by torchrun: one rank, or all, do what they should not; each rank prints what it saw."""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+from geon.errors import ExchangeError, UsageError
+from geon.launch.leave import leave
+from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral
+from geon.optim.shard import Wishes
+
+TIMEOUT = 20.0
+
+
+def parameter(mesh, placement=None):
+    draw = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    return nn.Parameter(distribute_tensor(draw, mesh, [placement or Shard(0)]))
+
+
+def optimizer(param, name="blocks.0.up.weight", mesh=None, **wishes):
+    info = ParamInfo(name, (16, 8), Role.HIDDEN)
+    return HybridOptimizer(
+        [Group("g", Rule(Spectral()), 0.1, [(info, param)])], Wishes(**wishes), mesh
+    )
+
+
+def step(opt, param):
+    param.grad = distribute_tensor(torch.ones(16, 8), param.device_mesh, param.placements)
+    opt.step()
+
+
+def main(fault):
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
+    if fault == "other plan":
+        optimizer(parameter(mesh), transport="gram" if rank == 1 else "owner")
+    elif fault == "other model":
+        optimizer(parameter(mesh), "blocks.1.up.weight" if rank == 1 else "blocks.0.up.weight")
+    elif fault == "nameless mesh":
+        optimizer(parameter(DeviceMesh("cpu", torch.arange(dist.get_world_size()))))
+    elif fault == "unknown layout":
+        local = torch.ones(16, 8)
+        optimizer(nn.Parameter(DTensor.from_local(local, mesh, [Partial()], run_check=False)))
+    elif fault == "two meshes":
+        other = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("a", "b"))
+        optimizer(parameter(other["b"]), mesh=mesh)
+    elif fault == "moved":
+        param = parameter(mesh)
+        opt = optimizer(param)
+        step(opt, param)
+        moved = parameter(mesh, Shard(1))
+        opt._params["blocks.0.up.weight"] = moved
+        opt.param_groups[0]["params"] = [moved]
+        step(opt, moved)
+    elif fault == "dies":
+        param = parameter(mesh)
+        opt = optimizer(param, transport="owner")
+        step(opt, param)
+        if rank == 1:
+            os._exit(0)
+        step(opt, param)
+    elif fault == "hangs":
+        param = parameter(mesh)
+        opt = optimizer(param, transport="owner")
+        step(opt, param)
+        if rank == 1:
+            time.sleep(3 * TIMEOUT)
+            return
+        step(opt, param)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fault = sys.argv[1]
+    limit = 4.0 if fault == "hangs" else TIMEOUT
+    dist.init_process_group("gloo", timeout=timedelta(seconds=limit))
+    begin, said = time.monotonic(), "nothing"
+    try:
+        main(fault)
+    except (UsageError, ExchangeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    spent = time.monotonic() - begin
+    Path(sys.argv[2], f"rank{os.environ['RANK']}").write_text(f"{spent:.1f}\n{said}")
+    # A rank that goes takes its peers along: leave together where that is possible.
+    time.sleep(2.0)
+    leave(0)

@@ -1,0 +1,51 @@
+"""What goes wrong is told on every rank, within seconds, by the parameter's name."""
+
+import pytest
+
+from geon.launch.local import ROOT, torchrun_command
+from tests.distributed.jobs import launch
+
+pytestmark = pytest.mark.dist
+
+
+def told(tmp_path, fault, ranks=2):
+    """(seconds, message) of each rank that lived to tell."""
+    program = ROOT / "tests" / "distributed" / "fault_job.py"
+    launch(torchrun_command(ranks, [fault, str(tmp_path)], program), timeout=100)
+    found = {}
+    for rank in range(ranks):
+        file = tmp_path / f"rank{rank}"
+        if file.exists():
+            seconds, message = file.read_text().split("\n", 1)
+            found[rank] = (float(seconds), message)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("other plan", ["parameter 'blocks.0.up.weight' differs on rank 1 from rank 0"]),
+        ("other model", ["parameter 'blocks.0.up.weight' differs on rank 1 from rank 0"]),
+        ("nameless mesh", ["'blocks.0.up.weight' lies on a device mesh without names", "mesh_dim"]),
+        ("unknown layout", ["parameter 'blocks.0.up.weight' has placements (Partial(sum),)"]),
+        ("two meshes", ["parameter 'blocks.0.up.weight' lies on", "slices of one root mesh"]),
+        ("moved", ["parameter 'blocks.0.up.weight' was planned as", "and is now", "Shard(dim=1)"]),
+    ],
+)
+def test_bad_layouts_are_one_message_on_every_rank(tmp_path, fault, words):
+    found = told(tmp_path, fault)
+    assert set(found) == {0, 1}
+    for seconds, message in found.values():
+        assert message.startswith("UsageError: "), message
+        assert all(word in message for word in words), message
+        assert seconds < 15
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_rank_that_is_gone_ends_the_others_with_the_collective_and_the_bucket(tmp_path, fault):
+    seconds, message = told(tmp_path, fault)[0]
+    assert message.startswith("ExchangeError: rank 0: the "), message
+    assert "(all_to_all_single) of bucket 0 of 1 (1 matrices by owner" in message
+    assert "first 'blocks.0.up.weight')" in message
+    assert "parallel.timeout_seconds" in message
+    assert seconds < 15

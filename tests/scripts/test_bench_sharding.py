@@ -1,0 +1,50 @@
+"""The bench on two ranks: what is counted is what was planned, and the rows hold what they say."""
+
+import json
+
+import pytest
+
+from geon.launch.local import ROOT, torchrun_command
+from tests.distributed.jobs import launch
+
+pytestmark = pytest.mark.dist
+
+
+def test_counted_bytes_are_the_planned_ones(tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--layers", "1", "--width", "32", "--repeats", "1", "--json", str(out), "--no-torch"]
+    layouts = ["--layouts", "ddp", "fsdp", "tp", "deepspeed_z1"]
+    program = ROOT / "scripts" / "bench_sharding.py"
+    done = launch(torchrun_command(2, [*options, *layouts], program), timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    content = json.loads(out.read_text())
+    assert content["world_size"] == 2
+    assert content["hardware"]["torch"]
+    rows = content["rows"]
+    assert len(rows) == 2 * 4 * 4
+    for row in rows:
+        case = f"{row['rule']} {row['layout']} {row['transport']}"
+        assert row["bytes_per_rank"] == pytest.approx(row["predicted_bytes"], rel=1e-6), case
+        assert row["words_per_rank"] * 4 == pytest.approx(row["bytes_per_rank"]), case
+        assert row["collectives_per_bucket"] <= 2, case
+        assert row["collectives"] <= 2 * row["buckets"], case
+        assert row["padding_bytes"] == 0, case
+        assert row["seconds"] > 0, case
+        assert row["max_rel_error"] <= (1e-3 if row["transport"] in ("gram", "auto") else 1e-5), (
+            case
+        )
+        if row["transport"] == "gram" and row["layout"] == "fsdp":
+            assert row["bytes_per_rank"] > 0, case
+
+
+def test_torch_muon_is_counted_too(tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--layers", "1", "--width", "32", "--layouts", "fsdp", "--transports", "owner"]
+    program = ROOT / "scripts" / "bench_sharding.py"
+    more = ["--repeats", "1", "--no-errors", "--json", str(out)]
+    done = launch(torchrun_command(2, [*options, *more], program), timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["transport"]: row for row in json.loads(out.read_text())["rows"]}
+    torch_row = rows["torch.optim.Muon"]
+    assert torch_row["collectives"] > 50 > rows["owner"]["collectives"]
+    assert torch_row["bytes_per_rank"] > rows["owner"]["bytes_per_rank"]
