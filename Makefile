@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format bench-solver bench-step bench-drift clean
+.PHONY: help setup demo test test-slow lint types format bench-solver bench-step bench-drift
+.PHONY: bench-sharding clean
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -8,7 +9,7 @@ BENCH ?=
 BIN := .venv/bin
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: .venv/dev ## create .venv with everything that tests and lint need
 
@@ -28,6 +29,9 @@ demo: .venv/run ## train a byte-level GPT on real text, about 3 minutes on 2 cor
 
 test: .venv/dev ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: .venv/dev ## the long proofs: all layouts, transports and rules on 4 and 8 ranks
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/dev ## ruff, check only
 	$(BIN)/ruff check .
@@ -49,6 +53,9 @@ bench-step: .venv/run ## seconds of a Manifold Muon step over those of a Muon st
 
 bench-drift: .venv/run ## how far 10,000 noisy steps leave the manifold, about two minutes
 	$(BIN)/python -m geon.scripts.bench_step --drift 10000 --angle 0.03 $(BENCH)
+
+bench-sharding: .venv/run ## bytes, collectives, seconds and exactness of sharded steps on 4 ranks
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=4 scripts/bench_sharding.py $(BENCH)
 
 clean: ## remove caches, keep .venv and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typing build dist *.egg-info

@@ -306,8 +306,16 @@ def planned_device(config: Config) -> str:
 
 
 def wire_bytes(config: Config) -> int:
-    """Bytes of an entry of an update or direction that travels."""
+    """Bytes of an entry of an update or direction that travels.
+
+    Raises:
+        UsageError: a wire that does not go with shard.reproducible.
+    """
     chosen = config.shard.wire.value
+    if chosen == "bf16" and config.shard.reproducible:
+        raise UsageError(
+            "shard.reproducible=true needs every bit: set shard.wire=fp32 or auto, not bf16"
+        )
     if chosen == "auto":
         half = planned_device(config) == "cuda" and not config.shard.reproducible
         return 2 if half else 4

@@ -25,8 +25,20 @@ class Readings:
         self._looked: dict[str, list[Tensor]] = {}
         self._looking: dict[str, list[Tensor]] = defaultdict(list)
 
-    def take(self, rule: Rule, update: Tensor, weight: Tensor, solution: Solution) -> None:
-        """Take note of one batch of solved directions, on a manifold."""
+    def take(
+        self,
+        rule: Rule,
+        update: Tensor,
+        weight: Tensor,
+        solution: Solution,
+        which: Sequence[int] | None = None,
+    ) -> None:
+        """Take note of a batch of solved directions, on a manifold, or of some of its matrices."""
+        if which is not None and len(which) < len(update):
+            index = torch.tensor(which, device=update.device)
+            update, weight = update[index], weight[index]
+            fell_back = None if solution.fell_back is None else solution.fell_back[index]
+            solution = Solution(solution.direction[index], fell_back)
         if solution.fell_back is not None:
             self.count(solution.fell_back)
         if not self.wanted:

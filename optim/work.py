@@ -52,7 +52,7 @@ class MatrixWork:
             self._wide[matrix.param] = weight.float()
         return self._wide[matrix.param]
 
-    def solve(self, jobs: Sequence[Job], operands: tuple[Tensor, ...], counts: bool) -> Tensor:
+    def solve(self, jobs: Sequence[Job], operands: tuple[Tensor, ...], rank: int) -> Tensor:
         """Directions, or new weights on a manifold, of a batch.
 
         A rule reads the size of a matrix off its shape, but a head's block has the size that it
@@ -73,8 +73,10 @@ class MatrixWork:
         update, weight = operands
         unit = weight if scale == 1.0 else weight / scale
         solution = rule.solve(update, unit)
-        if counts:
-            self.readings.take(rule, update, unit, solution)
+        # Where several ranks compute the same, its owner takes note of it.
+        own = [i for i, job in enumerate(jobs) if job.owner == rank]
+        if own:
+            self.readings.take(rule, update, unit, solution, own)
         moved = rule.move(unit, solution.direction, self.lrs[matrix.rule])
         return _rescaled(weight, unit, moved, scale)
 

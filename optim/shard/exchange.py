@@ -37,11 +37,8 @@ class Work(Protocol):
     def operand(self, matrix: Matrix, index: int) -> Tensor:
         """Flat storage of this rank's part of the parameter: 0 the update, 1 the weight."""
 
-    def solve(self, jobs: Sequence[Job], operands: tuple[Tensor, ...], counts: bool) -> Tensor:
-        """Results (batch, rows, cols) for a batch of matrices, or pieces, of one rule and shape.
-
-        counts: whether this rank is the one that takes note of them in the log.
-        """
+    def solve(self, jobs: Sequence[Job], operands: tuple[Tensor, ...], rank: int) -> Tensor:
+        """Results (batch, rows, cols) for a batch of matrices, or pieces, of one rule and shape."""
 
     def row_state(self, matrix: Matrix) -> Tensor:
         """One number a row that travels with a result; written in place on arrival."""
@@ -196,8 +193,7 @@ class Exchange:
         results: dict[int, Tensor] = {}
         for jobs in script.batches:
             operands = self._assemble(jobs, incoming, work)
-            counted = jobs[0].owner == rank
-            found = work.solve(jobs, operands, counted)
+            found = work.solve(jobs, operands, rank)
             for job, result in zip(jobs, found.unbind(), strict=True):
                 results[id(job)] = self._round(job, result)
         for jobs in script.owned_sums:
@@ -329,15 +325,14 @@ class Exchange:
             for piece in job.matrix.holding.pieces[rank]:
                 alone = id(job) if self.plan.wishes.reproducible else 0
                 key = (job.matrix.rule, job.matrix.shape, job.matrix.scale, piece.region.shape)
-                counted = job.owner == rank
-                alike[key, counted, alone].append((job, piece))
-        for (_, counted, _), members in alike.items():  # type: ignore[misc]
+                alike[key, alone].append((job, piece))
+        for members in alike.values():
             matrix = members[0][0].matrix
             operands = tuple(
                 torch.stack([view(work.operand(job.matrix, k), piece) for job, piece in members])
                 for k in range(matrix.operands)
             )
-            found = work.solve([job for job, _ in members], operands, counted)
+            found = work.solve([job for job, _ in members], operands, rank)
             for (job, piece), result in zip(members, found.unbind(), strict=True):
                 work.write(job.matrix, piece, result)
 

@@ -69,7 +69,7 @@ def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
     batches: dict[object, list[Job]] = defaultdict(list)
     for i, job in enumerate(whole):
         m = job.matrix
-        batches[m.rule, m.shape, m.scale, job.owner == rank, i if alone else 0].append(job)
+        batches[m.rule, m.shape, m.scale, i if alone else 0].append(job)
     owned: dict[object, list[Job]] = defaultdict(list)
     for job in bucket.jobs:
         if job.transport in SUMMED and job.owner == rank:

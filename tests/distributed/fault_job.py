@@ -56,10 +56,8 @@ def main(fault):
         param = parameter(mesh)
         opt = optimizer(param)
         step(opt, param)
-        moved = parameter(mesh, Shard(1))
-        opt._params["blocks.0.up.weight"] = moved
-        opt.param_groups[0]["params"] = [moved]
-        step(opt, moved)
+        param.data = parameter(mesh, Shard(1)).data
+        step(opt, param)
     elif fault == "dies":
         param = parameter(mesh)
         opt = optimizer(param, transport="owner")
