@@ -1,7 +1,6 @@
 """From config nodes to objects: the only place that instantiates them."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,8 +20,9 @@ from geon.configs.schema import (
     Source,
 )
 from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
-from geon.engine.parallel import Parallel, check_layout, mesh_shape, planned_layouts
+from geon.engine.parallel import Parallel, mesh_shape
 from geon.engine.rules import make_ladder, make_rule
+from geon.engine.wishes import make_wishes, steps_alone, wire_bytes
 from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
 from geon.optim import (
@@ -36,12 +36,11 @@ from geon.optim import (
     Rule,
     block_scale,
     check_per_head,
-    matrices_of,
     route,
     table,
 )
 from geon.optim.router import check_partition
-from geon.optim.shard import MACHINES, Arena, Machine, Plan, Wishes, make_plan, view
+from geon.optim.shard import Arena, view
 
 ROLES = {
     "hidden": {Role.HIDDEN},
@@ -270,101 +269,6 @@ def make_optimizer(
         wire=torch.bfloat16 if wire_bytes(config) == 2 else torch.float32,
         max_norm=config.optim.max_norm,
         separate=steps_alone(config),
-    )
-
-
-def steps_alone(config: Config) -> bool:
-    """Whether parameters are stepped one at a time."""
-    return config.parallel.layout is Layouts.deepspeed and config.parallel.zero > 0
-
-
-def make_wishes(config: Config) -> Wishes:
-    """What the config says about the plan; zeros leave the machine's own speeds."""
-    shard = config.shard
-    own = MACHINES[planned_device(config)]
-    machine = Machine(
-        shard.tflops * 1e12 or own.flops,
-        shard.half_tflops * 1e12 or own.half_flops,
-        shard.gbytes * 1e9 or own.bandwidth,
-        shard.latency_us / 1e6 or own.latency,
-    )
-    return Wishes(
-        shard.transport.value,
-        shard.objective.value,
-        shard.reproducible,
-        shard.max_buffer_mb,
-        machine,
-    )
-
-
-def planned_device(config: Config) -> str:
-    """Kind of device that the plan is for."""
-    chosen = config.shard.machine.value
-    if chosen == "auto":
-        chosen = config.device if config.device in MACHINES else ""
-    return chosen or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def wire_bytes(config: Config) -> int:
-    """Bytes of an entry of an update or direction that travels.
-
-    Raises:
-        UsageError: a wire that does not go with shard.reproducible.
-    """
-    chosen = config.shard.wire.value
-    if chosen == "bf16" and config.shard.reproducible:
-        raise UsageError(
-            "shard.reproducible=true needs every bit: set shard.wire=fp32 or auto, not bf16"
-        )
-    if chosen == "auto":
-        half = planned_device(config) == "cuda" and not config.shard.reproducible
-        return 2 if half else 4
-    return 2 if chosen == "bf16" else 4
-
-
-def plan_ahead(config: Config, model: LanguageModel, routing: Routing, world: int) -> Plan:
-    """The plan that `world` ranks will follow, made without any of them."""
-    layouts = planned_layouts(model, config.parallel, world)
-    matrices = []
-    for name, rule in routing.rules.items():
-        if isinstance(rule, AdamW):
-            continue
-        for info in routing.members(name):
-            layout = layouts[info.name]
-            per_head = routing.configs[name].per_head
-            matrices += matrices_of(
-                info, name, rule, layout, per_head, wire_bytes(config), planned_device(config)
-            )
-    return make_plan(matrices, make_wishes(config), steps_alone(config))
-
-
-def report_plan(config: Config, world: int) -> str:
-    """What `mode=plan` prints: roles, routes and bytes, without a process group or a GPU."""
-    model = make_model(config.model)
-    routing = make_routing(model, config.optim)
-    check_layout(config.parallel, config.model, world)
-    plan = plan_ahead(config, model, routing, world)
-    if config.plan.format.value == "json":
-        return json.dumps(plan_facts(model, routing, plan), indent=2)
-    return f"{routing.table()}\n\n{plan.table()}\n\n{describe(model)}"
-
-
-def plan_facts(model: LanguageModel, routing: Routing, plan: Plan) -> dict[str, Any]:
-    """Content of plan.json."""
-    return {
-        "parameters": model.parameter_count(),
-        "flops_per_token": model.flops_per_token(),
-        "routes": routing.to_dict(),
-        **plan.to_dict(),
-        "digest": plan.digest,
-    }
-
-
-def describe(model: LanguageModel) -> str:
-    """One line of sizes."""
-    return (
-        f"{model.arch}: {model.parameter_count():,} parameters, "
-        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token (forward and backward)"
     )
 
 

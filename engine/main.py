@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from geon.configs.schema import Config, Mode
-from geon.engine import build, checkpoint, runfolder
+from geon.engine import build, checkpoint, planning, runfolder
 from geon.engine.callbacks import Checkpointer, Evaluator, Progress, Spectrum, write_json
 from geon.engine.evaluate import val_windows
 from geon.engine.geometry import Geometry, RecordPairs
@@ -31,7 +31,7 @@ def execute(config: Config, env: Env) -> None:
     """
     if config.mode is Mode.plan:
         if env.main:
-            print(build.report_plan(config, config.plan.world_size or env.world))
+            print(planning.report_plan(config, config.plan.world_size or env.world))
         return
     train(config, env)
 
@@ -125,7 +125,7 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = plain(asdict(run.config))
     OmegaConf.save(OmegaConf.create(settings), folder / runfolder.CONFIG)
-    facts = build.plan_facts(run.model, run.routing, run.optimizer.plan)
+    facts = planning.plan_facts(run.model, run.routing, run.optimizer.plan)
     write_json(folder / runfolder.PLAN, facts)
     try:
         trainer.loggers = open_loggers(folder, run.config.logger, run.config.name, settings)
@@ -149,7 +149,7 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
 def _headline(parallel: Parallel, trainer: Trainer) -> str:
     run = trainer.run
     return (
-        f"{run.routing.table()}\n{run.optimizer.plan.table()}\n{build.describe(run.model)}\n"
+        f"{run.routing.table()}\n{run.optimizer.plan.table()}\n{planning.describe(run.model)}\n"
         f"data: {run.corpus.facts}\n"
         f"{parallel.env.world} ranks on {parallel.device.type}, "
         f"{run.config.data.batch_tokens:,} tokens a step in {run.batches.accumulation} "

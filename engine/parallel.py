@@ -82,6 +82,29 @@ def long_side_cut(shape: Sequence[int], cut: int, ranks: int) -> bool:
     return len(shape) == 2 and shape[0] < shape[1] and shape[1] % (cut * ranks) == 0
 
 
+def planned_cuts(
+    model: LanguageModel, config: ParallelConfig, world: int
+) -> dict[str, dict[str, int]]:
+    """Per parameter, axis of the stored tensor that each mesh dimension cuts, in order of cutting.
+
+    Tensor parallelism cuts first, FSDP2 what that left; dimensions that copy are left out. Needs
+    no process group. DeepSpeed's runs of entries cut no axis: see planned_layouts.
+    """
+    sizes = mesh_shape(config, world)
+    styles = model.tp_plan() if sizes.get("tensor", 1) > 1 else {}
+    planned: dict[str, dict[str, int]] = {}
+    for info in model.infos:
+        cuts = planned.setdefault(info.name, {})
+        axis = _tensor_axis(info, styles)
+        if axis is not None:
+            cuts["tensor"] = axis
+        if "shard" in sizes:
+            before = sizes["tensor"] if axis == 1 else 1
+            wide = config.long_side and info.role is Role.HIDDEN
+            cuts["shard"] = int(wide and long_side_cut(info.shape, before, sizes["shard"]))
+    return planned
+
+
 def planned_layouts(model: LanguageModel, config: ParallelConfig, world: int) -> dict[str, Layout]:
     """Layout that each parameter will have, known without a process group."""
     sizes = mesh_shape(config, world)
@@ -89,20 +112,11 @@ def planned_layouts(model: LanguageModel, config: ParallelConfig, world: int) ->
         from geon.engine.backends import planned_flat
 
         return {i.name: planned_flat(i, config, world) for i in model.infos}
-    names = list(sizes)
-    styles = model.tp_plan() if sizes.get("tensor", 1) > 1 else {}
+    names, planned = list(sizes), planned_cuts(model, config, world)
     layouts: dict[str, Layout] = {}
     for info in model.infos:
-        cuts = []
-        axis = _tensor_axis(info, styles)
-        if axis is not None:
-            cuts.append((names.index("tensor"), axis))
-        if "shard" in sizes:
-            before = sizes["tensor"] if axis == 1 else 1
-            wide = config.long_side and info.role is Role.HIDDEN
-            by_cols = wide and long_side_cut(info.shape, before, sizes["shard"])
-            cuts.append((names.index("shard"), int(by_cols)))
-        layouts[info.name] = Grid(info.shape, tuple(sizes.values()), tuple(cuts))
+        cuts = tuple((names.index(dim), axis) for dim, axis in planned[info.name].items())
+        layouts[info.name] = Grid(info.shape, tuple(sizes.values()), cuts)
     return layouts
 
 

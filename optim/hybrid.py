@@ -325,13 +325,18 @@ class HybridOptimizer(torch.optim.Optimizer):
             grad.mul_(scale)
         return norm
 
+    def _held(self) -> Iterable[tuple[str, Tensor]]:
+        """What the param groups hold at the moment: under DeepSpeed not all of it."""
+        for group in self.param_groups:
+            yield from zip(group["names"], group["params"], strict=False)
+
     def _check_places(self) -> None:
         """Refuse to step parameters that have moved since the plan was made.
 
         Raises:
             UsageError: names the parameter, how it lay and how it lies.
         """
-        for name, param in self.named_parameters():
+        for name, param in self._held():
             if (found := _signature(param)) != (planned := self._signatures[name]):
                 was, now = (", ".join(map(str, one)) for one in (planned, found))
                 raise UsageError(

@@ -14,7 +14,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from geon.engine.build import make_model, make_routing, plan_ahead
+from geon.engine.build import make_model, make_routing
+from geon.engine.planning import plan_ahead
 from geon.launch.compose import compose
 
 MODELS, RANKS = ("124m", "3b"), (8, 64, 1024)

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from geon.configs.check import check_overrides, groups, keys, resolve
 from geon.configs.schema import Config, Source, register
-from geon.engine.build import make_corpus, make_model, make_routing, report_plan
+from geon.engine.build import make_corpus, make_model, make_routing
+from geon.engine.planning import report_plan
 from geon.errors import UsageError
 from geon.optim import Rule
 

@@ -33,7 +33,7 @@ def optimizer(param, name="blocks.0.up.weight", mesh=None, **wishes):
 
 
 def step(opt, param):
-    param.grad = distribute_tensor(torch.ones(16, 8), param.device_mesh, param.placements)
+    param.grad = torch.ones_like(param)
     opt.step()
 
 
@@ -50,14 +50,15 @@ def main(fault):
         local = torch.ones(16, 8)
         optimizer(nn.Parameter(DTensor.from_local(local, mesh, [Partial()], run_check=False)))
     elif fault == "two meshes":
-        other = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("a", "b"))
+        other = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("a", "b"))
         optimizer(parameter(other["b"]), mesh=mesh)
     elif fault == "moved":
         param = parameter(mesh)
         opt = optimizer(param)
         step(opt, param)
-        param.data = parameter(mesh, Shard(1)).data
-        step(opt, param)
+        moved = parameter(mesh, Shard(1))
+        opt.param_groups[0]["params"] = [moved]
+        step(opt, moved)
     elif fault == "dies":
         param = parameter(mesh)
         opt = optimizer(param, transport="owner")

@@ -1,0 +1,58 @@
+"""What a run will send and compute, known without a process group or a device."""
+
+import json
+from typing import Any
+
+from geon.configs.schema import Config
+from geon.engine.build import Routing, make_model, make_routing
+from geon.engine.parallel import check_layout, planned_layouts
+from geon.engine.wishes import make_wishes, planned_device, steps_alone, wire_bytes
+from geon.models import LanguageModel
+from geon.optim import AdamW, matrices_of
+from geon.optim.shard import Plan, make_plan
+
+
+def plan_ahead(config: Config, model: LanguageModel, routing: Routing, world: int) -> Plan:
+    """The plan that `world` ranks will follow, made without any of them."""
+    layouts = planned_layouts(model, config.parallel, world)
+    matrices = []
+    for name, rule in routing.rules.items():
+        if isinstance(rule, AdamW):
+            continue
+        for info in routing.members(name):
+            layout = layouts[info.name]
+            per_head = routing.configs[name].per_head
+            matrices += matrices_of(
+                info, name, rule, layout, per_head, wire_bytes(config), planned_device(config)
+            )
+    return make_plan(matrices, make_wishes(config), steps_alone(config))
+
+
+def report_plan(config: Config, world: int) -> str:
+    """What `mode=plan` prints: roles, routes and bytes, without a process group or a GPU."""
+    model = make_model(config.model)
+    routing = make_routing(model, config.optim)
+    check_layout(config.parallel, config.model, world)
+    plan = plan_ahead(config, model, routing, world)
+    if config.plan.format.value == "json":
+        return json.dumps(plan_facts(model, routing, plan), indent=2)
+    return f"{routing.table()}\n\n{plan.table()}\n\n{describe(model)}"
+
+
+def plan_facts(model: LanguageModel, routing: Routing, plan: Plan) -> dict[str, Any]:
+    """Content of plan.json."""
+    return {
+        "parameters": model.parameter_count(),
+        "flops_per_token": model.flops_per_token(),
+        "routes": routing.to_dict(),
+        **plan.to_dict(),
+        "digest": plan.digest,
+    }
+
+
+def describe(model: LanguageModel) -> str:
+    """One line of sizes."""
+    return (
+        f"{model.arch}: {model.parameter_count():,} parameters, "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token (forward and backward)"
+    )
