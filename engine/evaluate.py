@@ -74,6 +74,7 @@ def evaluate(
         loss = parallel.loss(tokens[:, :-1], tokens[:, 1:])
         if mine < len(batches):
             total += loss.double() * len(chosen) * context
+    parallel.reshard()
     count = windows * context
     nats = parallel.sum(total).item() / tensor
     size = len(val_text(corpus, context, windows))

@@ -241,6 +241,15 @@ class Parallel:
         with torch.autocast(self.device.type, self.dtype):
             return self._module(tokens, targets)
 
+    def reshard(self) -> None:
+        """Let go of what FSDP2 holds gathered after a forward pass without a backward pass.
+
+        The root's parameters would stay whole, and in the model's arithmetic: a checkpoint taken
+        then would round them to bf16.
+        """
+        if self.sharded:
+            self._module.reshard()  # type: ignore[union-attr, operator]
+
     @contextmanager
     def gradients(self, last: bool) -> Iterator[None]:
         """Around one micro-batch: gradients are averaged over ranks only in the last one."""

@@ -101,7 +101,8 @@ def draw(content: dict[str, Any], out: Path) -> None:
             axes.set_ylabel(label)
             axes.set_title(f"{rule.replace('_', ' ')}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
     figure.savefig(out / "distributed_bytes.png", dpi=130)
 
 

@@ -52,6 +52,7 @@ class Arena:
                 f"{name}: the ranks of {root} are not in ascending order: make the mesh by "
                 "init_device_mesh, whose ranks are row-major"
             )
+        group: dist.ProcessGroup | None
         if root.ndim == 1:
             group = root.get_group()
         elif root.size() == dist.get_world_size():

@@ -110,14 +110,14 @@ class _Price(NamedTuple):
     """What a kind of matrices costs by one transport.
 
     Attributes:
-        count: how many there are.
+        copies: how many there are of the kind.
         owned: whether each has an owner.
         gather, scatter: bytes that all ranks send for one of them, each way.
         owner_seconds: on its owner.
         seconds: on every rank.
     """
 
-    count: int
+    copies: int
     owned: bool
     gather: int
     scatter: int
@@ -151,19 +151,19 @@ def _predict(
     Each rank's share of what travels, or all that its busiest owner receives and sends.
     """
     chosen = [prices[pair] for pair in choice.items()]
-    owned = [p for p in chosen if p.owned for _ in range(p.count)]
-    heap = [(0.0, 0, 0, rank) for rank in range(min(ranks, max(1, len(owned))))]
+    owned = [p for p in chosen if p.owned for _ in range(p.copies)]
+    heap = [(0.0, 0.0, 0.0, rank) for rank in range(min(ranks, max(1, len(owned))))]
     for price in sorted(owned, key=lambda p: -p.owner_seconds):
         seconds, gather, scatter, rank = heapq.heappop(heap)
         load = (seconds + price.owner_seconds, gather + price.gather, scatter + price.scatter)
         heapq.heappush(heap, (*load, rank))
-    gather, scatter = (sum(p.count * each for p in chosen for each in [p[i]]) for i in (2, 3))
-    before = max(gather / ranks, max(load[1] for load in heap))
-    after = max(scatter / ranks, max(load[2] for load in heap))
+    everyone = sum(p.copies * p.gather for p in chosen), sum(p.copies * p.scatter for p in chosen)
+    before = max(everyone[0] / ranks, max(load[1] for load in heap))
+    after = max(everyone[1] / ranks, max(load[2] for load in heap))
     machine = wishes.machine
     fills = 1 + (before + after) / (wishes.max_buffer_mb * 2**20)
     latency = machine.latency * fills * ((before > 0) + (after > 0))
-    work = max(load[0] for load in heap) + sum(p.count * p.seconds for p in chosen)
+    work = max(load[0] for load in heap) + sum(p.copies * p.seconds for p in chosen)
     return latency + (before + after) / machine.bandwidth + work
 
 

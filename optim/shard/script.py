@@ -40,14 +40,17 @@ class Script:
 def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
     """Work out what `rank` does. alone: matrices are computed one by one."""
     everyone = range(bucket.ranks)
-    sends, receives, returns, arrivals = ([] for _ in range(4))  # type: ignore[var-annotated]
+    sends: list[_Found] = []
+    receives: list[_Found] = []
+    returns: list[_Found] = []
+    arrivals: list[_Found] = []
     for order, job in enumerate(bucket.jobs):
         held, all_gather = job.matrix.holding, job.transport is Transport.ALLGATHER
         mine = held.of.get(rank)
         if mine is not None and job.transport is not Transport.LOCAL and job.bytes_down(rank):
             for receiver in everyone if all_gather else (job.owner,):
-                wanted = receiver not in mine and (receiver in held.of or job.matrix.row_state)
-                if wanted and held.source(mine, receiver) == rank:
+                wants = not all_gather or receiver in held.of or job.matrix.row_state
+                if wants and receiver not in mine and held.source(mine, receiver) == rank:
                     sends.append((receiver, order, job))
         for copies in job.gathers(rank):
             if job.bytes_down(sender := held.source(copies, rank)):
@@ -81,7 +84,10 @@ def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
     summed = [j for j in bucket.jobs if j.transport in SUMMED]
     down, up = down + [FP32 for _ in summed], up + [FP32 for _ in summed]
     return Script(
-        *(_in_order(found) for found in (sends, receives, returns, arrivals)),
+        _in_order(sends),
+        _in_order(receives),
+        _in_order(returns),
+        _in_order(arrivals),
         [j for j in bucket.jobs if j.transport in SUMMED and rank in j.matrix.holding.of],
         list(batches.values()),
         list(owned.values()),
@@ -91,7 +97,11 @@ def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
     )
 
 
-def _in_order(found: list[tuple[int, int, Job]]) -> list[tuple[int, Job]]:
+_Found = tuple[int, int, Job]
+"""The other rank, the place in the bucket, the job."""
+
+
+def _in_order(found: list[_Found]) -> list[tuple[int, Job]]:
     """By the other rank, then by the place in the bucket: as both sides pack."""
     return [(rank, job) for rank, _, job in sorted(found, key=lambda one: one[:2])]
 

@@ -55,8 +55,10 @@ class ClosedForm(Solver):
 
     def half_on(self, device: torch.device) -> bool:
         """As the polar factors are."""
-        spectral = isinstance(self.norm, Spectral)
-        return spectral and self.norm.polar.precision_on(device) is Precision.BF16
+        norm = self.norm
+        if not isinstance(norm, Spectral):
+            return False
+        return norm.polar.precision_on(device) is Precision.BF16
 
     def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
         """Share of the direction that is normal to the manifold."""

@@ -83,10 +83,13 @@ def gram_form(
         return None
     if isinstance(manifold, Euclidean):
         return GramPolar(norm)
-    exact = type(manifold) is Stiefel and ladder.method == "lgm" and ladder.form != "rect"
-    if exact and shape[0] != shape[1]:
-        return GramStiefel(norm, manifold, ladder)
-    return None
+    if not isinstance(manifold, Stiefel) or shape[0] == shape[1]:
+        return None
+    return GramStiefel(norm, manifold, ladder) if _by_lgm(ladder) else None
+
+
+def _by_lgm(ladder: Ladder) -> bool:
+    return ladder.method == "lgm" and ladder.form != "rect"
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class GramStiefel(GramForm):
         half = _packed(n)
         total, scale = _add_up(sums, (half, 0), (half, 2), (n * n, 1))
         uu, gg = unpack(total[..., :half], n), unpack(total[..., half : 2 * half], n)
-        b = total[..., 2 * half :].unflatten(-1, (n, n))
+        b = total[..., 2 * half :].reshape(*total.shape[:-1], n, n)
         energy = gg.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
         one = torch.where(energy > 0, (n / energy.clamp_min(1e-30)).sqrt(), 0.0)
         b, gg = b * one, gg * one**2
@@ -227,7 +230,9 @@ class GramStiefel(GramForm):
     ) -> Tensor:
         """W M1 + G M2."""
         assert weight is not None
-        first, second = coefficients.unflatten(-1, (2, min(shape), min(shape))).unbind(-3)
+        short = min(shape)
+        both = coefficients.reshape(*coefficients.shape[:-1], 2, short, short)
+        first, second = both.unbind(-3)
         precision = self.ladder.precision
         return product(weight, first, precision) + product(update, second, precision)
 

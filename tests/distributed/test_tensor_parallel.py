@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from geon.configs.choices import Arch, Source
 from geon.configs.schema import (
@@ -97,8 +96,7 @@ def real_cuts(param):
     """What planned_cuts should say, read off the placements of a DTensor."""
     if not isinstance(param, DTensor):
         return {}
-    dims = list(zip(param.device_mesh.mesh_dim_names, param.placements, strict=True))
-    dims.sort(key=lambda d: isinstance(d[1], _StridedShard))  # FSDP2, after tensor parallelism
+    dims = zip(param.device_mesh.mesh_dim_names, param.placements, strict=True)
     return {name: p.dim for name, p in dims if not p.is_replicate()}
 
 
@@ -136,8 +134,7 @@ def compare(arch, layout, reference):
         "loss": abs(own_loss - loss),
         "nats": abs(own_nats - nats),
         "grads": {name: error(whole(own_grads[name]), grad) for name, grad in grads.items()},
-        "cuts": {name: [list(planned[name].items()), list(real_cuts(p).items())]
-                 for name, p in params.items()},
+        "cuts": {name: [planned[name], real_cuts(p)] for name, p in params.items()},
         "start": all(
             torch.equal(local(own[name]), own_part(weight, planned[name], mesh))
             for name, weight in weights.items()
@@ -157,6 +154,47 @@ def main(cases):
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:
         print(json.dumps(gathered))
+
+
+def results(ranks, cases):
+    program = ROOT / "tests" / "distributed" / "test_tensor_parallel.py"
+    done = launch(torchrun_command(ranks, cases, program), timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_rank = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(by_rank) == ranks
+    return by_rank
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (2, ["gpt:tp", "gpt2:tp", "gpt:fsdp", "gpt2:fsdp_rows"]),
+        (3, ["gpt:fsdp", "gpt2:fsdp"]),
+        (4, ["gpt:tp", "gpt:fsdp_tp", "gpt2:fsdp_tp", "gpt:fsdp_tp_rows", "gpt:hsdp"]),
+        pytest.param(6, ["gpt:fsdp_tp", "gpt2:fsdp_tp"], marks=pytest.mark.slow),
+        pytest.param(8, ["gpt:hsdp_tp", "gpt2:hsdp_tp"], marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_compute_what_one_process_computes(ranks, cases):
+    by_rank = results(ranks, cases)
+    for index, case in enumerate(cases):
+        for found in (rank[index] for rank in by_rank):
+            assert found["case"] == case.replace(":", " ")
+            assert found["loss"] <= 1e-5, case
+            assert found["nats"] <= 1e-5, case
+            assert found["start"], case  # each rank has its part of the very same weights
+            # Attention does not see a key bias: its gradient is rounding noise.
+            seen = {n: e for n, e in found["grads"].items() if not n.endswith("k.bias")}
+            assert len(seen) > 10
+            assert max(seen.values()) <= 1e-5, (case, max(seen, key=seen.get))
+            # Also read after validation, which must not leave parameters gathered.
+            assert not {n: c for n, c in found["cuts"].items() if c[0] != c[1]}, case
+
+
+def test_shards_lie_along_the_long_side_where_columns_divide():
+    (found, rows), *_ = results(2, ["gpt:fsdp", "gpt:fsdp_rows"])
+    assert found["shapes"]["blocks.0.down.weight"] == [32, 64]
+    assert rows["shapes"]["blocks.0.down.weight"] == [16, 128]
 
 
 if __name__ == "__main__":
