@@ -380,3 +380,19 @@ def test_any_one_letter_typo_of_any_key_is_refused(data, prefix):
     valid = {*keys(), *groups()}
     typo = data.draw(st.sampled_from([t for t in typos(key) if t not in valid]))
     assert f"'{typo}'" in refusal(f"{prefix}{typo}=1")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["parallel=tp", "model.fused_qkv=true"], "model.fused_qkv=true with 2 tensor ranks"),
+        (["parallel=tp", "model.n_head=1"], "model.n_head 1 does not divide over 2 tensor ranks"),
+        (["parallel=ddp", "parallel.tensor=2"], "parallel.tensor 2 goes with parallel=fsdp or"),
+        (["parallel=fsdp_tp", "parallel.tensor=3"], "parallel.tensor 3 does not divide 2 ranks"),
+        (["shard.transport=gram", "shard.reproducible=true"], "takes owners only"),
+        (["shard.wire=bf16", "shard.reproducible=true"], "set shard.wire=fp32 or auto"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_by_key(options, words):
+    with pytest.raises(UsageError, match=words):
+        build(read(*options, "plan.world_size=2"))

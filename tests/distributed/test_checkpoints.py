@@ -41,7 +41,7 @@ def test_resume_is_exact_on_the_same_ranks(tmp_path, ranks):
     assert all(torch.equal(whole[k], v) for k, v in weights(run).items())
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 3), (2, 4)])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 3)])
 def test_resume_on_other_ranks_reads_the_same_tokens(tmp_path, first, then):
     batch = "data.batch_tokens=3072"
     run = train(tmp_path, "run", first, batch, *HALF)
@@ -59,7 +59,7 @@ def test_a_run_goes_on_in_any_other_layout(tmp_path):
     cut_back(run)
     half = tmp_path / "half"
     shutil.copytree(run, half)
-    for ranks, layout in ((1, "single"), (2, "tp"), (3, "deepspeed_z3"), (4, "hsdp"), (2, "ddp")):
+    for ranks, layout in ((1, "single"), (2, "tp"), (3, "deepspeed_z3"), (4, "hsdp")):
         shutil.rmtree(run)
         shutil.copytree(half, run)
         train(tmp_path, "run", ranks, f"parallel={layout}", batch, *HALF)

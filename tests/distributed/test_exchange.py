@@ -27,9 +27,10 @@ def rows(ranks, *rules):
     [
         (1, ("muon", "manifold_muon", "normuon", "heads")),
         (2, ("muon", "manifold_muon", "normuon", "heads")),
-        (3, ("muon", "manifold_muon")),
-        (4, ("manifold_muon", "heads")),
-        pytest.param(4, ("muon", "normuon"), marks=pytest.mark.slow),
+        (3, ("muon",)),
+        (4, ("manifold_muon",)),
+        pytest.param(3, ("manifold_muon", "normuon", "heads"), marks=pytest.mark.slow),
+        pytest.param(4, ("muon", "normuon", "heads"), marks=pytest.mark.slow),
         pytest.param(8, ("muon", "manifold_muon", "normuon"), marks=pytest.mark.slow),
     ],
 )

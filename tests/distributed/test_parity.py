@@ -1,6 +1,7 @@
 """The same weights on any number of ranks and in any layout, by real jobs under torchrun."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -20,20 +21,35 @@ CASES = [
     ("adamw", 2, ["parallel=fsdp", "model=gpt2"]),
     ("hybrid", 2, ["parallel=tp"]),
     ("scion", 4, ["parallel=fsdp_tp", "data.micro_batch=4"]),
-    ("hybrid", 2, ["parallel=deepspeed_z0"]),
+    pytest.param("hybrid", 2, ["parallel=deepspeed_z0"], marks=pytest.mark.slow),
     ("hybrid", 3, ["parallel=deepspeed_z1", "data.batch_tokens=3840", "data.micro_batch=10"]),
-    ("hybrid", 2, ["parallel=deepspeed_z2", "data.micro_batch=4"]),
+    pytest.param(
+        "hybrid", 2, ["parallel=deepspeed_z2", "data.micro_batch=4"], marks=pytest.mark.slow
+    ),
     ("muon", 2, ["parallel=deepspeed_z3", "optim.max_norm=0", "data.micro_batch=4"]),
     ("muon", 2, ["parallel=fsdp", "optim.hidden.per_head=true"]),
 ]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Weights of one process by options; several cases compare with the same."""
+
+    @cache
+    def run(optim, *options):
+        folder = tmp_path_factory.mktemp("alone")
+        return weights(train(folder, "alone", 1, f"optim={optim}", *options))
+
+    return run
+
+
 @pytest.mark.parametrize(("optim", "ranks", "options"), CASES)
-def test_ranks_give_the_weights_of_one_process_after_20_steps(tmp_path, optim, ranks, options):
+def test_ranks_give_the_weights_of_one_process_after_20_steps(
+    tmp_path, alone, optim, ranks, options
+):
     model = [o for o in options if o.startswith(("model", "data.batch", "optim."))]
-    alone = train(tmp_path, "alone", 1, f"optim={optim}", *model)
     together = train(tmp_path, "together", ranks, f"optim={optim}", *options)
-    one, many = weights(alone), weights(together)
+    one, many = alone(optim, *model), weights(together)
     if "model=gpt2" in options:
         # Attention does not see a key bias, so its gradient is rounding noise, which AdamW
         # scales to a step of full size. It has no effect on anything else.
@@ -66,11 +82,11 @@ def test_sharding_the_optimizer_changes_no_bit(tmp_path, model, more):
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (2, "fsdp"),
         (4, "fsdp_tp"),
-        (4, "hsdp"),
         (3, "deepspeed_z1"),
-        (2, "deepspeed_z3"),
+        pytest.param(2, "fsdp", marks=pytest.mark.slow),
+        pytest.param(4, "hsdp", marks=pytest.mark.slow),
+        pytest.param(2, "deepspeed_z3", marks=pytest.mark.slow),
     ],
 )
 def test_the_printed_plan_is_the_plan_that_runs(tmp_path, ranks, layout):
@@ -94,18 +110,7 @@ def test_a_wrong_rank_count_is_one_clear_error_on_every_rank(tmp_path):
     assert not (tmp_path / "x").exists()
     done = train(tmp_path, "x", 3, "parallel=hsdp", "parallel.replicas=2", ok=False)
     assert "parallel.replicas 2 does not fit 3 ranks" in done.stderr
-    for options, words in (
-        (["parallel=tp", "model.fused_qkv=true"], "model.fused_qkv=true with 2 tensor ranks"),
-        (["parallel=tp", "model.n_head=1"], "model.n_head 1 does not divide over 2 tensor ranks"),
-        (
-            ["parallel=ddp", "parallel.tensor=2"],
-            "parallel.tensor 2 goes with parallel=fsdp or hsdp",
-        ),
-        (["parallel=deepspeed_z1", "optim=muon"], "set optim.max_norm=0"),
-        (["parallel=fsdp", "shard.transport=gram", "shard.reproducible=true"], "takes owners only"),
-    ):
-        done = train(tmp_path, "x", 2, *options, ok=False)
-        assert done.returncode != 0
-        assert words in done.stderr, done.stderr[-2000:]
-        assert not (tmp_path / "x").exists()
+    done = train(tmp_path, "x", 2, "parallel=deepspeed_z1", "optim=muon", ok=False)
+    assert done.returncode != 0
+    assert "set optim.max_norm=0" in done.stderr
     assert not (tmp_path / "x").exists()

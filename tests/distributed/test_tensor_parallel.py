@@ -113,6 +113,10 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def unsummed(tensor):
+    return any(p.is_partial() for p in getattr(tensor, "placements", ()))
+
+
 def error(a, b):
     """Largest difference over the largest entry."""
     return ((a - b).abs().max() / b.abs().max()).item()
@@ -139,7 +143,7 @@ def compare(arch, layout, reference):
             torch.equal(local(own[name]), own_part(weight, planned[name], mesh))
             for name, weight in weights.items()
         ),
-        "shapes": {name: list(local(p).shape) for name, p in params.items()},
+        "unsummed": [name for name, grad in own_grads.items() if unsummed(grad)],
     }
 
 
@@ -182,6 +186,7 @@ def test_ranks_compute_what_one_process_computes(ranks, cases):
             assert found["case"] == case.replace(":", " ")
             assert found["loss"] <= 1e-5, case
             assert found["nats"] <= 1e-5, case
+            assert not found["unsummed"], case  # whole() would sum, a step would not
             assert found["start"], case  # each rank has its part of the very same weights
             # Attention does not see a key bias: its gradient is rounding noise.
             seen = {n: e for n, e in found["grads"].items() if not n.endswith("k.bias")}
@@ -191,10 +196,17 @@ def test_ranks_compute_what_one_process_computes(ranks, cases):
             assert not {n: c for n, c in found["cuts"].items() if c[0] != c[1]}, case
 
 
-def test_shards_lie_along_the_long_side_where_columns_divide():
-    (found, rows), *_ = results(2, ["gpt:fsdp", "gpt:fsdp_rows"])
-    assert found["shapes"]["blocks.0.down.weight"] == [32, 64]
-    assert rows["shapes"]["blocks.0.down.weight"] == [16, 128]
+@pytest.mark.parametrize(("layout", "world"), [("tp", 2), ("fsdp_tp", 4), ("hsdp_tp", 8)])
+def test_tensor_ranks_read_the_same_tokens_and_the_others_the_rest(layout, world):
+    text, config = corpus(), settings("gpt", LAYOUTS[layout])
+    batches = [make_batches(config, text, rank, world) for rank in range(world)]
+    read = [torch.cat([tokens for tokens, _ in b.step(5)]) for b in batches]
+    tensor = mesh_shape(LAYOUTS[layout], world)["tensor"]
+    groups = [read[i : i + tensor] for i in range(0, world, tensor)]
+    assert all(torch.equal(group[0], other) for group in groups for other in group)
+    single = settings("gpt", ParallelConfig(Layouts.single))
+    ((expected, _),) = make_batches(single, text, 0, 1).step(5)
+    assert torch.equal(torch.cat([group[0] for group in groups]), expected)
 
 
 if __name__ == "__main__":

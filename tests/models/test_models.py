@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from geon.errors import UsageError
 from geon.models import GPT, GPT2, MODELS, ModelShape
+from geon.models.layers import rotary_table
 from geon.optim import Role
 
 SMALL = {"vocab_size": 50, "context": 32, "n_layer": 2, "n_head": 4, "d_model": 64}
@@ -234,3 +235,48 @@ def test_tensor_parallelism_cuts_every_hidden_matrix_and_whole_heads(arch):
     assert both["blocks.0.down.weight"].name == "cols/4"  # wide: along its long side
     rows = planned_layouts(model, ParallelConfig(Layouts.fsdp, tensor=2, long_side=False), 4)
     assert rows["blocks.0.down.weight"].name == "cols/2 rows/2"
+
+
+def test_planned_cuts_name_the_mesh_dimensions_in_order_of_cutting():
+    from geon.configs.schema import Layouts, ParallelConfig
+    from geon.engine.parallel import mesh_shape, planned_cuts
+
+    model = MODELS["gpt"](ModelShape(64, 16, 2, 4, 32))
+    config = ParallelConfig(Layouts.hsdp, replicas=2, tensor=2)
+    assert list(mesh_shape(config, 8).items()) == [("replicate", 2), ("shard", 2), ("tensor", 2)]
+    cuts = planned_cuts(model, config, 8)
+    both = {name: list(own.items()) for name, own in cuts.items()}
+    assert both["blocks.0.up.weight"] == [("tensor", 0), ("shard", 0)]
+    assert both["blocks.0.down.weight"] == [("tensor", 1), ("shard", 1)]
+    assert both["blocks.0.attention.proj_out.weight"] == [("tensor", 1), ("shard", 0)]
+    assert both["embed.weight"] == both["head.weight"] == [("tensor", 0), ("shard", 0)]
+    tied = planned_cuts(MODELS["gpt2"](ModelShape(64, 16, 2, 4, 32)), config, 8)
+    assert tied["embed.weight"] == tied["blocks.0.norm1.weight"] == {"shard": 0}
+    assert tied["blocks.0.up.bias"] == {"tensor": 0, "shard": 0}
+    assert tied["blocks.0.down.bias"] == {"shard": 0}
+    assert not any(planned_cuts(model, ParallelConfig(Layouts.ddp), 4).values())
+    # 24 columns divide by 8 shards, but not the 12 that 2 tensor ranks leave of them.
+    small = MODELS["gpt"](ModelShape(64, 16, 1, 4, 8, mlp_ratio=3))
+    cuts = planned_cuts(small, ParallelConfig(Layouts.fsdp, tensor=2), 16)
+    assert cuts["blocks.0.down.weight"] == {"tensor": 1, "shard": 0}
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_tensor_ranks_attend_with_their_own_heads(arch):
+    """Branches of the cut weights add up to the branch of the whole ones."""
+    from geon.configs.schema import Layouts, ParallelConfig
+    from geon.engine.parallel import planned_cuts
+
+    def branch(cut):
+        model = make(arch)
+        torch.nn.init.zeros_(model.blocks[0].down.weight)  # attention alone
+        for name, cuts in planned_cuts(model, ParallelConfig(Layouts.tp), 2).items():
+            if name.startswith("blocks.0.") and cuts and cut is not None:
+                param = model.get_parameter(name)
+                param.data = param.data.chunk(2, cuts["tensor"])[cut]
+        with torch.no_grad():
+            return model.blocks[0](x, *rotary) - x
+
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(2))
+    rotary = rotary_table(8, 16, 10000.0, x.device) if arch == "gpt" else ()
+    torch.testing.assert_close(branch(0) + branch(1), branch(None), atol=1e-5, rtol=1e-4)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.dist
 def test_counted_bytes_are_the_planned_ones(tmp_path):
     out = tmp_path / "out.json"
     options = ["--layers", "1", "--width", "32", "--repeats", "1", "--json", str(out), "--no-torch"]
-    layouts = ["--layouts", "ddp", "fsdp", "tp", "deepspeed_z1"]
+    layouts = ["--layouts", "fsdp", "deepspeed_z1"]
     program = ROOT / "scripts" / "bench_sharding.py"
     done = launch(torchrun_command(2, [*options, *layouts], program), timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -21,7 +21,7 @@ def test_counted_bytes_are_the_planned_ones(tmp_path):
     assert content["world_size"] == 2
     assert content["hardware"]["torch"]
     rows = content["rows"]
-    assert len(rows) == 2 * 4 * 4
+    assert len(rows) == 2 * 2 * 4
     for row in rows:
         case = f"{row['rule']} {row['layout']} {row['transport']}"
         assert row["bytes_per_rank"] == pytest.approx(row["predicted_bytes"], rel=1e-6), case
