@@ -94,7 +94,8 @@ class DeepSpeed:
                     "gradient_accumulation_steps": accumulation,
                     "gradient_clipping": 0.0,
                     "zero_allow_untested_optimizer": True,
-                    "zero_optimization": {"stage": self.stage},
+                    # By default it reserves buckets of 5e8 entries.
+                    "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 2 * 10**7},
                     "bf16": {"enabled": half},
                     "steps_per_print": 10**9,
                 },

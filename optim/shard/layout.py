@@ -141,9 +141,9 @@ class Grid(Layout):
     def name(self) -> str:
         """E.g. 'rows/4', 'rows/2 cols/2', 'whole', 'cols/2 x2' with two copies."""
         axes = ("batch", "rows", "cols")[3 - max(1, len(self.tensor)) :]
-        ways: dict[str, int] = {}
+        ways = dict.fromkeys(axes, 1)  # cuts of different axes commute: one name for both orders
         for dim, axis in self.cuts:
-            ways[axes[axis]] = ways.get(axes[axis], 1) * self.mesh[dim]
+            ways[axes[axis]] *= self.mesh[dim]
         text = " ".join(f"{axis}/{count}" for axis, count in ways.items() if count > 1) or "whole"
         copies = self.ranks // math.prod(ways.values())
         return f"{text} x{copies}" if copies > 1 else text

@@ -234,7 +234,7 @@ def test_tensor_parallelism_cuts_every_hidden_matrix_and_whole_heads(arch):
     assert both["blocks.0.up.weight"].name == "rows/4"
     assert both["blocks.0.down.weight"].name == "cols/4"  # wide: along its long side
     rows = planned_layouts(model, ParallelConfig(Layouts.fsdp, tensor=2, long_side=False), 4)
-    assert rows["blocks.0.down.weight"].name == "cols/2 rows/2"
+    assert rows["blocks.0.down.weight"].name == "rows/2 cols/2"
 
 
 def test_planned_cuts_name_the_mesh_dimensions_in_order_of_cutting():

@@ -125,7 +125,7 @@ def test_layouts_say_what_they_are():
     assert Grid.whole((8, 4), 2).name == "whole x2"
     assert Grid.rows((8, 4), 4).name == "rows/4"
     assert Grid((8, 4), (2, 4), ((1, 0),)).name == "rows/4 x2"
-    assert Grid((8, 4), (2, 2), ((1, 1), (0, 0))).name == "cols/2 rows/2"
+    assert Grid((8, 4), (2, 2), ((1, 1), (0, 0))).name == "rows/2 cols/2"
     assert Grid((8, 4), (2, 2), ((1, 0), (0, 0))).name == "rows/4"
     assert Grid((3, 8, 4), (3,), ((0, 0),)).name == "batch/3"
     assert Grid((8,), (2,), ((0, 0),)).name == "cols/2"
