@@ -74,7 +74,7 @@ def check_layout(config: ParallelConfig, model: ModelConfig, world: int) -> None
         )
 
 
-def long_side_cut(shape: Sequence[int], cut: int, ranks: int) -> bool:
+def _long_side_cut(shape: Sequence[int], cut: int, ranks: int) -> bool:
     """Whether FSDP2 cuts the columns: of a wide matrix, where they divide.
 
     cut: ranks of tensor parallelism that have cut the columns before.
@@ -101,7 +101,7 @@ def planned_cuts(
         if "shard" in sizes:
             before = sizes["tensor"] if axis == 1 else 1
             wide = config.long_side and info.role is Role.HIDDEN
-            cuts["shard"] = int(wide and long_side_cut(info.shape, before, sizes["shard"]))
+            cuts["shard"] = int(wide and _long_side_cut(info.shape, before, sizes["shard"]))
     return planned
 
 
@@ -203,18 +203,15 @@ class Parallel:
         from torch.distributed.tensor import Shard
 
         names = [n for n in ("replicate", "shard") if n in mesh_shape(self.config, self.env.world)]
-        mesh, ranks = self._submesh(*names), self._submesh("shard").size()
+        mesh = self._submesh(*names)
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         if self.dtype is torch.float32:
             policy = MixedPrecisionPolicy()
-        params = dict(model.named_parameters())
-        hidden = {id(params[i.name]) for i in model.infos if i.role is Role.HIDDEN}
+        cuts = planned_cuts(model, self.config, self.env.world)
+        axes = {id(param): cuts[name]["shard"] for name, param in model.named_parameters()}
 
-        def placement(param: Any) -> Shard | None:
-            cut = getattr(param, "placements", [None])[0]
-            before = self.tensor if isinstance(cut, Shard) and cut.dim == 1 else 1
-            wide = self.config.long_side and id(param) in hidden
-            return Shard(1) if wide and long_side_cut(param.shape, before, ranks) else None
+        def placement(param: nn.Parameter) -> Shard:
+            return Shard(axes[id(param)])
 
         for unit in [*model.shard_units(), model]:
             fully_shard(unit, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)

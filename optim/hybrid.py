@@ -25,7 +25,6 @@ from geon.optim.shard import (
     Layout,
     Matrix,
     Plan,
-    Region,
     Wishes,
     holding,
     make_plan,
@@ -266,17 +265,10 @@ class HybridOptimizer(torch.optim.Optimizer):
         return MatrixWork(updates, weights, rules, lrs, self._row_state, self.readings)
 
     def _row_state(self, matrix: Matrix) -> Tensor:
-        second = self._seconds()[matrix.param]
+        second: Tensor = self.state[self._params[matrix.param]]["second_moment"]
         if second.dim() == 2:
             second = second[matrix.box.cols[0] // matrix.shape[1]]
         return second[slice(*matrix.box.rows)]
-
-    def _seconds(self) -> dict[str, Tensor]:
-        return {
-            name: self.state[param]["second_moment"]
-            for name, param in self.named_parameters()
-            if "second_moment" in self.state[param]
-        }
 
     def _step_entries(self, active: Sequence[dict[str, Any]]) -> None:
         """Clip and step what AdamW steps."""
@@ -312,9 +304,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             return None
         squares = []
         for name, grad in found.items():
-            layout = self._layouts[name]
-            own = holding(layout, Region((0, layout.shape[0]), (0, layout.shape[1])))
-            copies = len(own.of.get(self._arena.rank, (0,)))
+            copies = holding(self._layouts[name]).shares(self._arena.rank)
             squares.append(grad.float().square().sum() / copies)
         total = torch.stack(squares).sum()
         if self._arena.group is not None:

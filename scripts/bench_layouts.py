@@ -15,7 +15,7 @@ from geon.engine.parallel import Parallel, mesh_shape
 from geon.launch.env import Env
 from geon.models import GPT, ModelShape
 from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral
-from geon.optim.shard import Arena, Region, Wishes, holding, view
+from geon.optim.shard import Arena, Wishes, holding, view
 
 CONFIGS = {
     "ddp": ParallelConfig(Layouts.ddp),
@@ -132,8 +132,7 @@ class Bench:
         parts = []
         for (name, param), old in zip(self._flat.items(), before, strict=True):
             layout, rank = self.optimizer.layouts[name], self.optimizer.arena.rank
-            box = Region((0, layout.shape[0]), (0, layout.shape[1]))
-            copies = len(holding(layout, box).of.get(rank, (0,)))
+            copies = holding(layout).shares(rank)
             step = old.double() - _local(param).double()
             parts.append((_local(param.grad).double() * step).sum() / copies)
         return torch.stack(parts)

@@ -32,6 +32,7 @@ from geon.launch.leave import guard, leave
 from geon.optim import Group, HybridOptimizer, ParamInfo, Polar, Precision, Rule, Spectral, Stiefel
 from geon.optim.shard import Plan, Wishes
 from geon.scripts.bench_layouts import CONFIGS, LR, Bench, counted, draw, make_model
+from geon.scripts.bench_solver import check_output, hardware
 
 TRANSPORTS = ("auto", "owner", "gram", "allgather")
 STEPS, ACCUMULATION = 10, 2
@@ -225,14 +226,10 @@ def _told(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def hardware() -> dict[str, Any]:
+def facts() -> dict[str, Any]:
     """What it ran on."""
-    model = platform.processor()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
     return {
-        "cpu": model,
+        "cpu": hardware("cpu"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads_per_rank": torch.get_num_threads(),
@@ -257,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-torch", action="store_true", help="without torch.optim.Muon")
     parser.add_argument("--dion", help="a checkout of microsoft/dion")
     arguments = parser.parse_args(argv)
+    check_output(arguments.json)
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     if arguments.width % (16 * ranks):
@@ -265,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = own_rows(arguments) + peers
     if dist.get_rank() == 0 and arguments.json is not None:
         content = {
-            "hardware": hardware(),
+            "hardware": facts(),
             "world_size": ranks,
             "layers": arguments.layers,
             "width": arguments.width,

@@ -19,14 +19,13 @@ from geon.optim.shard.layout import Piece
 from geon.optim.shard.matrix import FP32, Job, Matrix, Transport
 from geon.optim.shard.plan import Bucket, Plan
 from geon.optim.shard.script import (
-    SUMMED,
     Part,
+    Reader,
     Script,
+    carrier,
     pack_words,
-    sizes_in,
-    take_words,
+    sizes_down,
     view,
-    widen,
     write_script,
 )
 
@@ -75,7 +74,6 @@ class _Flight:
 class _Handle:
     work: dist.Work | None
     received: Tensor
-    sizes: list[int]
     sent: Tensor
     """Kept until the collective is over."""
 
@@ -147,9 +145,9 @@ class Exchange:
             meanwhile()
         for following in [*buckets[1:], None] if buckets else []:
             assert flight is not None
-            self._arrive(flight)
+            incoming = self._wait(flight, "gather")
             ahead = self._depart(*following, work) if following is not None else None
-            self._compute(flight, work)
+            self._compute(flight, incoming, work)
             if landing is not None:
                 self._land(landing, work)
             landing, flight = flight, ahead
@@ -169,27 +167,23 @@ class Exchange:
             return flight
         parts: list[list[Part]] = [[] for _ in range(self.arena.size)]
         for receiver, job in script.sends:
-            if job.transport in SUMMED:
+            if job.summed:
                 parts[receiver].append((flight.sums[id(job)], FP32))
                 continue
-            for index_, size in enumerate(sizes_in(job.matrix)):
-                flat = work.operand(job.matrix, index_)
+            for operand, size in enumerate(sizes_down(job)):
+                flat = work.operand(job.matrix, operand)
                 for piece in job.matrix.holding.pieces[rank]:
                     parts[receiver].append((view(flat, piece), size))
         sizes = [0] * self.arena.size
         for sender, job in script.receives:
             sizes[sender] += job.bytes_down(sender)
-        flight.handle = self._send(flight, "gather", parts, sizes, script.half[0])
+        flight.handle = self._send(flight, "gather", parts, sizes, script.sizes[0])
         return flight
 
-    def _arrive(self, flight: _Flight) -> None:
-        if flight.handle is not None:
-            self._wait(flight, "gather")
-
-    def _compute(self, flight: _Flight, work: Work) -> None:
+    def _compute(self, flight: _Flight, received: Tensor | None, work: Work) -> None:
         """Compute what this rank owns, and send the results off."""
         script, rank = flight.script, self.arena.rank
-        incoming = self._unpack_gather(flight)
+        incoming = _unpack(script, received)
         results: dict[int, Tensor] = {}
         for jobs in script.batches:
             operands = self._assemble(jobs, incoming, work)
@@ -197,11 +191,13 @@ class Exchange:
             for job, result in zip(jobs, found.unbind(), strict=True):
                 results[id(job)] = self._round(job, result)
         for jobs in script.owned_sums:
-            sums = [{**incoming.get(id(job), {}), **self._own_sums(flight, job)} for job in jobs]
+            sums = [dict(incoming.get(id(job), {})) for job in jobs]
+            for job, by_rank in zip(jobs, sums, strict=True):
+                if id(job) in flight.sums:
+                    by_rank[rank] = flight.sums[id(job)]
             for job, back in zip(jobs, work.combine(jobs, sums, rank), strict=True):
                 for receiver, words in back.items():
                     flight.coefficients[id(job), receiver] = words
-        flight.handle = None
         if flight.bucket.scatters:
             self._return(flight, results, work)
         for jobs in script.batches:
@@ -213,39 +209,17 @@ class Exchange:
     def _land(self, flight: _Flight, work: Work) -> None:
         """Take results from their owners."""
         script, rank = flight.script, self.arena.rank
-        if flight.handle is not None:
-            half, at = script.half[1], 0
-            received, half = widen(self._wait(flight, "scatter"), half, script.all_half[1])
+        received = self._wait(flight, "scatter")
+        if received is not None:
+            reader = Reader(received, script.sizes[1])
             for _, job in script.arrivals:
-                at = self._take(flight, job, received, at, half, work)
+                self._take(flight, job, reader, work)
         if script.summed:
             nothing = torch.empty(0, device=self.arena.device)  # all its rows are its own
             found = [flight.coefficients.get((id(job), rank), nothing) for job in script.summed]
             work.apply(script.summed, found, rank)
 
     # Packing.
-
-    def _own_sums(self, flight: _Flight, job: Job) -> dict[int, Tensor]:
-        own = flight.sums.get(id(job))
-        # Copies hold the same sums; whoever was to send them to the owner counts, once.
-        return {} if own is None else {self.arena.rank: own}
-
-    def _unpack_gather(self, flight: _Flight) -> dict[int, dict[int, Tensor]]:
-        """Job -> sender -> its words, of both operands one after the other, in fp32."""
-        incoming: dict[int, dict[int, Tensor]] = defaultdict(dict)
-        if flight.handle is None:
-            return incoming
-        half, at = flight.script.half[0], 0
-        received, half = widen(flight.handle.received, half, flight.script.all_half[0])
-        for sender, job in flight.script.receives:
-            parts = []
-            summed = job.transport in SUMMED
-            for size in (FP32,) if summed else sizes_in(job.matrix):
-                words = job.words_down(sender)
-                part, at = take_words(received, at, words, size, half)
-                parts.append(part)
-            incoming[id(job)][sender] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return incoming
 
     def _assemble(
         self, jobs: Sequence[Job], incoming: dict[int, dict[int, Tensor]], work: Work
@@ -274,7 +248,7 @@ class Exchange:
 
     def _as_sent(self, job: Job, own: Tensor, index: int) -> Tensor:
         """Own pieces are rounded like sent ones, so that every rank computes the same."""
-        if job.transport is Transport.LOCAL or sizes_in(job.matrix)[index] == FP32:
+        if job.transport is Transport.LOCAL or sizes_down(job)[index] == FP32:
             return own
         return own.bfloat16()
 
@@ -287,7 +261,7 @@ class Exchange:
     def _return(self, flight: _Flight, results: dict[int, Tensor], work: Work) -> None:
         parts: list[list[Part]] = [[] for _ in range(self.arena.size)]
         for receiver, job in flight.script.returns:
-            if job.transport in SUMMED:
+            if job.summed:
                 parts[receiver].append((flight.coefficients[id(job), receiver], FP32))
                 continue
             if job.matrix.row_state:
@@ -298,24 +272,20 @@ class Exchange:
         sizes = [0] * self.arena.size
         for sender, job in flight.script.arrivals:
             sizes[sender] += job.bytes_up(self.arena.rank)
-        flight.handle = self._send(flight, "scatter", parts, sizes, flight.script.half[1])
+        flight.handle = self._send(flight, "scatter", parts, sizes, flight.script.sizes[1])
 
-    def _take(
-        self, flight: _Flight, job: Job, received: Tensor, at: int, half: bool, work: Work
-    ) -> int:
-        """Read what came for a job; returns the place after it."""
+    def _take(self, flight: _Flight, job: Job, reader: Reader, work: Work) -> None:
+        """Take what came for a job."""
         rank = self.arena.rank
-        if job.transport in SUMMED:
-            words, at = take_words(received, at, job.matrix.sum_words(rank)[1], FP32, half)
+        if job.summed:
+            words = reader.take(job.matrix.sum_words(rank)[1], FP32)
             flight.coefficients[id(job), rank] = words
-            return at
+            return
         if job.matrix.row_state:
-            rows, at = take_words(received, at, job.matrix.shape[0], FP32, half)
-            work.row_state(job.matrix).copy_(rows)
+            work.row_state(job.matrix).copy_(reader.take(job.matrix.shape[0], FP32))
         for piece in job.matrix.holding.pieces[rank]:
-            words, at = take_words(received, at, piece.region.numel, job.matrix.bytes_out, half)
+            words = reader.take(piece.region.numel, job.matrix.bytes_out)
             work.write(job.matrix, piece, words.view(piece.region.shape))
-        return at
 
     def _local(self, jobs: Sequence[Job], work: Work) -> None:
         """Step what needs nothing from others, pieces of equal shapes together."""
@@ -344,11 +314,11 @@ class Exchange:
         phase: str,
         parts: Sequence[Sequence[Part]],
         receive_bytes: Sequence[int],
-        half: bool,
+        word_sizes: frozenset[int],
     ) -> _Handle:
         """Start one all_to_all_single with exact splits."""
-        dtype = torch.bfloat16 if half else torch.float32
-        unit, device = dtype.itemsize, self.arena.device
+        dtype, device = carrier(word_sizes), self.arena.device
+        unit = dtype.itemsize
         send_sizes = [sum(t.numel() * size // unit for t, size in one) for one in parts]
         sent = pack_words([part for one in parts for part in one], dtype, device)
         sizes = [size // unit for size in receive_bytes]
@@ -361,16 +331,19 @@ class Exchange:
             )
         except RuntimeError as error:
             raise self._failure(flight, phase, error) from error
-        return _Handle(work, received, sizes, sent)
+        return _Handle(work, received, sent)
 
-    def _wait(self, flight: _Flight, phase: str) -> Tensor:
-        assert flight.handle is not None
+    def _wait(self, flight: _Flight, phase: str) -> Tensor | None:
+        """What a collective brought; None when none is under way."""
+        handle, flight.handle = flight.handle, None
+        if handle is None:
+            return None
         try:
-            if flight.handle.work is not None:
-                flight.handle.work.wait()
+            if handle.work is not None:
+                handle.work.wait()
         except RuntimeError as error:
             raise self._failure(flight, phase, error) from error
-        return flight.handle.received
+        return handle.received
 
     def _failure(self, flight: _Flight, phase: str, error: Exception) -> ExchangeError:
         reason = str(error).strip().splitlines()[0]
@@ -379,3 +352,16 @@ class Exchange:
             f"{len(self.plan.buckets)} ({flight.bucket.describe()}) failed: another rank ended, or "
             f"took longer than parallel.timeout_seconds. {reason}"
         )
+
+
+def _unpack(script: Script, received: Tensor | None) -> dict[int, dict[int, Tensor]]:
+    """Job -> sender -> its words, of both operands one after the other, in fp32."""
+    incoming: dict[int, dict[int, Tensor]] = defaultdict(dict)
+    if received is None:
+        return incoming
+    reader = Reader(received, script.sizes[0])
+    for sender, job in script.receives:
+        words = job.words_down(sender)
+        parts = [reader.take(words, size) for size in sizes_down(job)]
+        incoming[id(job)][sender] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return incoming

@@ -236,6 +236,10 @@ class Holding:
         """The copies that a rank belongs to; ranks that store nothing are left out."""
         return {rank: ranks for ranks in self.copies for rank in ranks}
 
+    def shares(self, rank: int) -> int:
+        """Ranks that store what `rank` stores, itself included; 1 where it stores nothing."""
+        return len(self.of.get(rank, (rank,)))
+
     @cached_property
     def is_whole(self) -> bool:
         """Whether every rank that stores any of it stores all of it."""
@@ -256,8 +260,9 @@ class Holding:
 
 
 @lru_cache(maxsize=4096)
-def holding(layout: Layout, box: Region) -> Holding:
-    """Clip a layout to a box."""
+def holding(layout: Layout, box: Region | None = None) -> Holding:
+    """Clip a layout to a box; without one, to the whole parameter."""
+    box = box or Region((0, layout.shape[0]), (0, layout.shape[1]))
     everyone = range(layout.ranks)
     found = tuple(
         tuple(kept for piece in layout.pieces(r) if (kept := piece.within(box))) for r in everyone

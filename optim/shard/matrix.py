@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 from geon.optim.norms import Reach
@@ -27,6 +27,10 @@ class Transport(StrEnum):
     """The same for row norms: squares of rows that several ranks share, and norms back."""
     ALLGATHER = "allgather"
     """Every rank receives the whole matrix and computes the same step."""
+
+
+SUMMED = (Transport.GRAM, Transport.NORMS)
+"""Transports of sums and coefficients, not of matrices."""
 
 
 class Sums(NamedTuple):
@@ -158,10 +162,6 @@ class Traffic:
     scatter_sent: Mapping[int, int]
     scatter_received: Mapping[int, int]
 
-    def sent(self, rank: int) -> int:
-        """Bytes that a rank sends in both directions."""
-        return self.gather_sent.get(rank, 0) + self.scatter_sent.get(rank, 0)
-
     @property
     def total(self) -> int:
         """Bytes that all ranks send together."""
@@ -192,22 +192,26 @@ class Job:
     @property
     def scatters(self) -> bool:
         """Whether results travel."""
-        return self.transport in (Transport.OWNER, Transport.GRAM, Transport.NORMS)
+        return self.transport in (Transport.OWNER, *SUMMED)
+
+    @property
+    def summed(self) -> bool:
+        """Whether sums travel instead of entries."""
+        return self.transport in SUMMED
 
     def words_down(self, rank: int) -> int:
         """Words that `rank` sends to one receiver: entries of one operand, or sums."""
-        if self.transport in (Transport.GRAM, Transport.NORMS):
+        if self.summed:
             return self.matrix.sum_words(rank)[0]
         return self.matrix.holding.words[rank]
 
     def bytes_down(self, rank: int) -> int:
         """Bytes of that, over all operands."""
-        summed = self.transport in (Transport.GRAM, Transport.NORMS)
-        return self.words_down(rank) * (FP32 if summed else self.matrix.bytes_in)
+        return self.words_down(rank) * (FP32 if self.summed else self.matrix.bytes_in)
 
     def bytes_up(self, rank: int) -> int:
         """Bytes that the owner sends to another rank."""
-        if self.transport in (Transport.GRAM, Transport.NORMS):
+        if self.summed:
             return self.matrix.sum_words(rank)[1] * FP32 if rank in self.matrix.holding.of else 0
         rows = self.matrix.shape[0] * FP32 if self.matrix.row_state else 0
         return self.matrix.holding.words[rank] * self.matrix.bytes_out + rows
@@ -216,15 +220,16 @@ class Job:
     def traffic(self) -> Traffic:
         """What a step sends."""
         out, received, up, result = (defaultdict[int, int](int) for _ in range(4))
-        down_bytes, up_bytes = _both_ways(self.matrix, self.transport)
         everyone = range(self.matrix.layout.ranks)
         for receiver in everyone if self.transport is Transport.ALLGATHER else (self.owner,):
             for ranks in self.gathers(receiver):
                 source = self.matrix.holding.source(ranks, receiver)
-                out[source] += down_bytes[source]
-                received[receiver] += down_bytes[source]
+                size = self.bytes_down(source)
+                out[source] += size
+                received[receiver] += size
         if self.scatters:
-            result.update({r: n for r, n in enumerate(up_bytes) if n and r != self.owner})
+            sizes = ((r, self.bytes_up(r)) for r in everyone if r != self.owner)
+            result.update({rank: size for rank, size in sizes if size})
             up[self.owner] = sum(result.values())
         return Traffic(out, received, up, result)
 
@@ -266,31 +271,17 @@ class Job:
     @property
     def half(self) -> bool:
         """Whether `flops` are in bf16."""
-        return self.matrix.half and self.transport not in (Transport.GRAM, Transport.NORMS)
+        return self.matrix.half and not self.summed
 
     def words_sent(self) -> int:
-        """Words that all ranks send together: bytes with each word counted once."""
-        total = 0
-        everyone = range(self.matrix.layout.ranks)
-        for receiver in everyone if self.transport is Transport.ALLGATHER else (self.owner,):
-            for ranks in self.gathers(receiver):
-                words = self.words_down(self.matrix.holding.source(ranks, receiver))
-                summed = self.transport in (Transport.GRAM, Transport.NORMS)
-                total += words * (1 if summed else self.matrix.operands)
-        for rank in everyone if self.scatters else ():
-            if rank == self.owner:
-                continue
-            if self.transport is Transport.OWNER:
-                total += self.matrix.holding.words[rank]
-                total += self.matrix.shape[0] if self.matrix.row_state else 0
-            elif rank in self.matrix.holding.of:
-                total += self.matrix.sum_words(rank)[1]
-        return total
+        """Words that all ranks send together: bytes, if each word were of fp32."""
+        wide = replace(self.matrix, wire_bytes=FP32)
+        return Job(wide, self.transport, self.owner).traffic.total // FP32
 
     def work_bytes(self, rank: int) -> int:
         """Scratch on a rank besides what travels: whole operands and the result, in fp32."""
         matrix = self.matrix
-        if self.transport in (Transport.GRAM, Transport.NORMS):
+        if self.summed:
             down, up = matrix.sum_words(rank)
             own = (down + up) * FP32 if rank == self.owner else 0
             return own + matrix.holding.words[rank] * FP32
@@ -300,39 +291,3 @@ class Job:
         if self.transport is Transport.LOCAL or not computes:
             return 0
         return matrix.shape[0] * matrix.shape[1] * FP32 * (matrix.operands + 1)
-
-
-def _both_ways(matrix: Matrix, transport: Transport) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Bytes each rank sends to one receiver, and receives from the owner."""
-    key = (matrix.layout, matrix.box, matrix.bytes_in, matrix.bytes_out, matrix.sums)
-    return _cached_both_ways(*key, matrix.row_state, transport, _ByIdentity(matrix))
-
-
-@dataclass(frozen=True)
-class _ByIdentity:
-    """Rides along in a cached call without being part of its key."""
-
-    matrix: Matrix
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@lru_cache(maxsize=4096)
-def _cached_both_ways(
-    layout: Layout,
-    box: Region,
-    bytes_in: int,
-    bytes_out: int,
-    sums: Sums | None,
-    row_state: bool,
-    transport: Transport,
-    carrier: _ByIdentity,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    job = Job(carrier.matrix, transport, 0)
-    everyone = range(layout.ranks)
-    up = tuple(job.bytes_up(r) for r in everyone) if job.scatters else ()
-    return tuple(job.bytes_down(r) for r in everyone), up

@@ -41,12 +41,12 @@ class Bucket:
             add(loads, job)
         return loads
 
-    @property
+    @cached_property
     def gathers(self) -> bool:
         """Whether anything travels before the computation."""
         return any(load.gather_sent for load in self.loads)
 
-    @property
+    @cached_property
     def scatters(self) -> bool:
         """Whether anything travels after it."""
         return any(load.scatter_sent for load in self.loads)

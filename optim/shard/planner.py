@@ -69,7 +69,7 @@ Kind = tuple[Any, ...]
 
 def _kind(matrix: Matrix) -> Kind:
     """What matrices have in common that take the same transport."""
-    return matrix.layout, matrix.shape, matrix.rule, matrix.fits
+    return matrix.layout, matrix.shape, matrix.rule, matrix.fits, matrix.can_sum
 
 
 def _choose(matrices: Sequence[Matrix], ranks: int, wishes: Wishes) -> dict[Kind, Transport]:
@@ -78,10 +78,6 @@ def _choose(matrices: Sequence[Matrix], ranks: int, wishes: Wishes) -> dict[Kind
     for matrix in matrices:
         kinds.setdefault(_kind(matrix), []).append(matrix)
     options = {kind: candidates(members[0], wishes) for kind, members in kinds.items()}
-    for kind, members in kinds.items():  # parts of a fused weight may be cut differently
-        if Transport.GRAM in options[kind] and not all(m.can_sum for m in members):
-            options[kind] = [t for t in options[kind] if t is not Transport.GRAM]
-            options[kind] = options[kind] or [Transport.OWNER]
     if wishes.objective == "bytes":
         return {
             kind: min(

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from geon.optim.shard.layout import Piece
-from geon.optim.shard.matrix import FP32, Job, Matrix, Transport
+from geon.optim.shard.matrix import FP32, Job, Transport
 from geon.optim.shard.plan import Bucket
-
-SUMMED = (Transport.GRAM, Transport.NORMS)
 
 
 @dataclass
@@ -31,10 +29,8 @@ class Script:
     """Jobs that this rank computes whole, alike ones together."""
     owned_sums: list[list[Job]]
     local: list[Job]
-    half: tuple[bool, bool]
-    """Whether 2-byte words travel, each way."""
-    all_half: tuple[bool, bool]
-    """Whether nothing else does."""
+    sizes: tuple[frozenset[int], frozenset[int]]
+    """Bytes of the words that travel, each way."""
 
 
 def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
@@ -73,27 +69,25 @@ def write_script(bucket: Bucket, rank: int, alone: bool) -> Script:
     for i, job in enumerate(whole):
         m = job.matrix
         batches[m.rule, m.shape, m.scale, i if alone else 0].append(job)
+    summed = [job for job in bucket.jobs if job.summed]
     owned: dict[object, list[Job]] = defaultdict(list)
-    for job in bucket.jobs:
-        if job.transport in SUMMED and job.owner == rank:
+    for job in summed:
+        if job.owner == rank:
             owned[job.matrix.rule, job.matrix.shape, job.matrix.scale, job.transport].append(job)
-    moving = [job for job in bucket.jobs if job.transport not in (*SUMMED, Transport.LOCAL)]
-    down = [size for j in moving for size in sizes_in(j.matrix)]
-    up = [j.matrix.bytes_out for j in moving if j.scatters]
-    up += [FP32 for j in moving if j.matrix.row_state]
-    summed = [j for j in bucket.jobs if j.transport in SUMMED]
-    down, up = down + [FP32 for _ in summed], up + [FP32 for _ in summed]
+    moving = [job for job in bucket.jobs if job.transport is not Transport.LOCAL]
     return Script(
         _in_order(sends),
         _in_order(receives),
         _in_order(returns),
         _in_order(arrivals),
-        [j for j in bucket.jobs if j.transport in SUMMED and rank in j.matrix.holding.of],
+        [job for job in summed if rank in job.matrix.holding.of],
         list(batches.values()),
         list(owned.values()),
-        [j for j in bucket.jobs if j.transport is Transport.LOCAL],
-        (2 in down, 2 in up),
-        (2 in down and FP32 not in down, 2 in up and FP32 not in up),
+        [job for job in bucket.jobs if job.transport is Transport.LOCAL],
+        (
+            frozenset(size for job in moving for size in sizes_down(job)),
+            frozenset(size for job in moving for size in sizes_up(job)),
+        ),
     )
 
 
@@ -112,9 +106,19 @@ def view(flat: Tensor, piece: Piece) -> Tensor:
     return flat.as_strided(piece.region.shape, (piece.stride, 1), offset)
 
 
-def sizes_in(matrix: Matrix) -> tuple[int, ...]:
-    """Bytes of an entry of each operand on the wire: the update, then the weight."""
-    return (matrix.wire_bytes, FP32)[: matrix.operands]
+def sizes_down(job: Job) -> tuple[int, ...]:
+    """Bytes of a word of each operand on the way to who computes: the update, then the weight."""
+    if job.summed:
+        return (FP32,)
+    return (job.matrix.wire_bytes, FP32)[: job.matrix.operands]
+
+
+def sizes_up(job: Job) -> tuple[int, ...]:
+    """Bytes of the words that an owner sends: results, numbers of rows."""
+    if not job.scatters:
+        return ()
+    rows = (FP32,) if job.matrix.row_state else ()
+    return (FP32,) if job.summed else (job.matrix.bytes_out, *rows)
 
 
 Part = tuple[Tensor, int]
@@ -131,15 +135,26 @@ def pack_words(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) 
     return torch.cat([t if t.dtype == dtype else t.contiguous().view(dtype) for t in flat])
 
 
-def widen(received: Tensor, half: bool, all_half: bool) -> tuple[Tensor, bool]:
-    """The buffer in fp32 when all its words are of bf16, and whether it still holds halves."""
-    return (received.float(), False) if all_half else (received, half)
+def carrier(sizes: frozenset[int]) -> torch.dtype:
+    """Dtype of a buffer that holds words of these sizes."""
+    return torch.bfloat16 if 2 in sizes else torch.float32
 
 
-def take_words(received: Tensor, at: int, words: int, size: int, half: bool) -> tuple[Tensor, int]:
-    """The next words of a buffer as fp32, and the place after them."""
-    units = words * size // 2 if half else words
-    part = received[at : at + units]
-    if half and size == FP32:
-        part = part.clone().view(torch.float32)  # aligned by the copy
-    return part.float(), at + units
+class Reader:
+    """Reads a received buffer word by word, as fp32."""
+
+    def __init__(self, received: Tensor, sizes: frozenset[int]) -> None:
+        """sizes: of the words in it."""
+        whole = sizes <= {2}  # one conversion instead of many
+        self._buffer = received.float() if whole else received
+        self._halves = received.dtype == torch.bfloat16 and not whole
+        self._at = 0
+
+    def take(self, words: int, size: int) -> Tensor:
+        """The next words, of `size` bytes each."""
+        units = words * size // 2 if self._halves else words
+        part = self._buffer[self._at : self._at + units]
+        self._at += units
+        if self._halves and size == FP32:
+            part = part.clone().view(torch.float32)  # aligned by the copy
+        return part.float()

@@ -59,18 +59,13 @@ def main(fault):
         moved = parameter(mesh, Shard(1))
         opt.param_groups[0]["params"] = [moved]
         step(opt, moved)
-    elif fault == "dies":
+    elif fault in ("dies", "hangs"):
         param = parameter(mesh)
         opt = optimizer(param, transport="owner")
         step(opt, param)
         if rank == 1:
-            os._exit(0)
-        step(opt, param)
-    elif fault == "hangs":
-        param = parameter(mesh)
-        opt = optimizer(param, transport="owner")
-        step(opt, param)
-        if rank == 1:
+            if fault == "dies":
+                os._exit(0)
             time.sleep(3 * TIMEOUT)
             return
         step(opt, param)

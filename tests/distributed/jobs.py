@@ -45,6 +45,16 @@ def launch(command: list[str], timeout: float) -> subprocess.CompletedProcess:
     )
 
 
+def by_rank(ranks: int, program: str, arguments, timeout: float) -> list:
+    """What each rank of a program in this folder found, as rank 0 prints it in its last line."""
+    command = local.torchrun_command(ranks, arguments, Path(__file__).parent / program)
+    done = launch(command, timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(found) == ranks
+    return found
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights of a run's newest checkpoint, read by one process."""
     found = checkpoint.find(folder)

@@ -1,25 +1,13 @@
 """Every layout x transport x rule gives the weights of one process, and sends what was planned."""
 
-import json
-
 import pytest
 
-from geon.launch.local import ROOT, torchrun_command
-from tests.distributed.jobs import launch
+from tests.distributed.jobs import by_rank
 
 pytestmark = pytest.mark.dist
 
 # Summed in another order: AdamW's clipping norm, and norms of rows that ranks share.
 SUMMED = ("gain", "embed")
-
-
-def rows(ranks, *rules):
-    program = ROOT / "tests" / "distributed" / "exchange_job.py"
-    done = launch(torchrun_command(ranks, rules, program), timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    by_rank = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(by_rank) == ranks
-    return by_rank
 
 
 @pytest.mark.parametrize(
@@ -35,12 +23,12 @@ def rows(ranks, *rules):
     ],
 )
 def test_every_layout_and_transport_against_one_process(ranks, rules):
-    by_rank = rows(ranks, *rules)
-    layouts = {row["layout"] for row in by_rank[0]}
+    found = by_rank(ranks, "exchange_job.py", rules, timeout=280)
+    layouts = {row["layout"] for row in found[0]}
     assert {"ddp", "fsdp", "cols", "middle"} <= layouts
     if ranks >= 4:
         assert {"fsdp_tp", "hsdp", "hsdp_cols"} <= layouts
-    for index, row in enumerate(by_rank[0]):
+    for index, row in enumerate(found[0]):
         case = f"{row['rule']} {row['layout']} {row['transport']}"
         exact = {n: e for n, e in row["error"].items() if n not in SUMMED}
         summed = [e for n, e in row["error"].items() if n in SUMMED]
@@ -53,7 +41,7 @@ def test_every_layout_and_transport_against_one_process(ranks, rules):
             assert row["descent"] <= 1e-5, case
         else:
             assert max(exact.values()) <= 1e-3, case
-        for rank in by_rank:
+        for rank in found:
             sent, planned = rank[index]["bytes"]
             assert sent == planned, case
             issued, expected, most = rank[index]["collectives"]

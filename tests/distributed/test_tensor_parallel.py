@@ -24,9 +24,8 @@ from geon.engine.evaluate import evaluate
 from geon.engine.parallel import Parallel, mesh_shape, planned_cuts
 from geon.launch.env import Env
 from geon.launch.leave import leave
-from geon.launch.local import ROOT, torchrun_command
 from geon.optim import AdamW
-from tests.distributed.jobs import launch
+from tests.distributed.jobs import by_rank
 
 pytestmark = pytest.mark.dist
 
@@ -160,15 +159,6 @@ def main(cases):
         print(json.dumps(gathered))
 
 
-def results(ranks, cases):
-    program = ROOT / "tests" / "distributed" / "test_tensor_parallel.py"
-    done = launch(torchrun_command(ranks, cases, program), timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    by_rank = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(by_rank) == ranks
-    return by_rank
-
-
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
@@ -180,9 +170,9 @@ def results(ranks, cases):
     ],
 )
 def test_ranks_compute_what_one_process_computes(ranks, cases):
-    by_rank = results(ranks, cases)
+    ranks_found = by_rank(ranks, "test_tensor_parallel.py", cases, timeout=120)
     for index, case in enumerate(cases):
-        for found in (rank[index] for rank in by_rank):
+        for found in (rank[index] for rank in ranks_found):
             assert found["case"] == case.replace(":", " ")
             assert found["loss"] <= 1e-5, case
             assert found["nats"] <= 1e-5, case
