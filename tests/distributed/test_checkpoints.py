@@ -59,7 +59,7 @@ def test_a_run_goes_on_in_any_other_layout(tmp_path):
     cut_back(run)
     half = tmp_path / "half"
     shutil.copytree(run, half)
-    for ranks, layout in ((1, "single"), (2, "tp"), (3, "deepspeed_z3"), (4, "hsdp")):
+    for ranks, layout in ((1, "single"), (2, "ddp"), (2, "tp"), (3, "deepspeed_z3"), (4, "hsdp")):
         shutil.rmtree(run)
         shutil.copytree(half, run)
         train(tmp_path, "run", ranks, f"parallel={layout}", batch, *HALF)
