@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from geon.configs.ranges import check_values
-from geon.configs.schema import Config, OverrideConfig
+from geon.configs.schema import Config, ModelConfig, OverrideConfig
 from geon.errors import UsageError, nearest
 
 ROOT = Path(__file__).resolve().parent
@@ -108,7 +108,19 @@ def resolve(composed: DictConfig) -> Config:
         for name, override in config.optim.overrides.items()
     }
     check_values(config)
+    _count_heads(config.model)
     return config
+
+
+def _count_heads(model: ModelConfig) -> None:
+    """Let n_head follow head_dim where that is given."""
+    if model.head_dim:
+        if model.d_model % model.head_dim:
+            raise UsageError(
+                f"model.d_model {model.d_model} does not divide into heads of model.head_dim "
+                f"{model.head_dim}"
+            )
+        model.n_head = model.d_model // model.head_dim
 
 
 def _merge(schema: type[T], content: Any, prefix: str = "") -> T:

@@ -16,6 +16,8 @@ NOT_NEGATIVE: Test = ("0 or more", lambda x: 0 <= x < math.inf)
 SHARE: Test = ("between 0 and 1", lambda x: 0 <= x <= 1)
 
 RANGES: dict[str, Test] = {
+    "model.base_width": POSITIVE,
+    "model.head_dim": NOT_NEGATIVE,
     "model.rope_base": POSITIVE,
     "model.softcap": NOT_NEGATIVE,
     "optim.lr": NOT_NEGATIVE,

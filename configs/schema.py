@@ -40,6 +40,15 @@ class ModelConfig:
     fused_qkv: bool = False
     zero_init_proj: bool = False
     rope_base: float = 10000.0
+    gains: bool = False
+    """gpt: each hidden matrix is diag(rows) W diag(cols), rows and cols learnt by optim.rest."""
+    mup: bool = False
+    """Maximal update parametrisation of AdamW: draws, rates of hidden matrices and logits scale
+    with the width."""
+    base_width: int = 64
+    """Width at which mup changes nothing: where the rate was tuned."""
+    head_dim: int = 0
+    """When set, n_head = d_model / head_dim, so that a sweep of widths keeps it."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from geon.configs.schema import (
     ModelConfig,
     OptimConfig,
     RuleConfig,
+    RuleKind,
     Source,
 )
 from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
@@ -123,7 +124,7 @@ def make_corpus(config: DataConfig, seed: int) -> Corpus:
 
 def make_model(config: ModelConfig) -> LanguageModel:
     """Build the architecture on the meta device: shapes and roles, no memory."""
-    fields = {k: v for k, v in asdict(config).items() if k != "arch"}
+    fields = {k: v for k, v in asdict(config).items() if k not in ("arch", "head_dim")}
     with torch.device("meta"):
         return MODELS[config.arch.value](ModelShape(**fields))
 
@@ -143,12 +144,34 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
         **{name: getattr(config, name) for name in ROLES},
         **config.overrides,
     }
-    used = {name: configs[name] for name in configs if name in assigned.values()}
+    used = {
+        name: _scaled(model, config, [i for i in infos if assigned[i.name] == name], name)
+        for name, config in configs.items()
+        if name in assigned.values()
+    }
     ladder = make_ladder(config.solver)
     rules = {n: make_rule(c, config.polar, ladder, f"optim.{n}") for n, c in used.items()}
     for name, rule in rules.items():
         check_per_head(rule, used[name].per_head, f"optim.{name}")
     return Routing(infos, assigned, rules, used)
+
+
+def _scaled(
+    model: LanguageModel, config: RuleConfig, members: Sequence[ParamInfo], name: str
+) -> RuleConfig:
+    """The config of a route with the rate that the model's parametrisation gives its members.
+
+    Steepest rules keep theirs: their norms know the shape.
+    """
+    if config.rule is RuleKind.steepest:
+        return config
+    scales = {model.rate_scale(info) for info in members}
+    if len(scales) > 1:
+        raise UsageError(
+            f"model.mup=true: optim.overrides.{name} holds hidden matrices and other parameters, "
+            "whose rates scale differently with the width: give them patterns of their own"
+        )
+    return replace(config, lr=config.lr * scales.pop())
 
 
 def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batches:

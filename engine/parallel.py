@@ -67,6 +67,11 @@ def check_layout(config: ParallelConfig, model: ModelConfig, world: int) -> None
             f"model.fused_qkv=true with {tensor} tensor ranks: a cut of the fused weight is not "
             "whole heads of q, k and v; set model.fused_qkv=false"
         )
+    if tensor > 1 and model.gains:
+        raise UsageError(
+            f"model.gains=true with {tensor} tensor ranks: torch's styles cut every vector of a "
+            "layer by its outputs, but `cols` belongs to its inputs; set model.gains=false"
+        )
     if tensor > 1 and model.n_head % tensor:
         raise UsageError(
             f"model.n_head {model.n_head} does not divide over {tensor} tensor ranks "

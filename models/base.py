@@ -28,6 +28,9 @@ class ModelShape:
         fused_qkv: one projection for q, k and v, with its splits declared.
         zero_init_proj: start output projections and head at zero.
         rope_base: base of the rotary frequencies.
+        gains: each hidden matrix is diag(rows) W diag(cols) with learnt rows and cols.
+        mup: maximal update parametrisation for AdamW: initial draw, rate and logit scales by role.
+        base_width: width at which mup changes nothing.
     """
 
     vocab_size: int
@@ -40,9 +43,13 @@ class ModelShape:
     fused_qkv: bool = False
     zero_init_proj: bool = False
     rope_base: float = 10000.0
+    gains: bool = False
+    mup: bool = False
+    base_width: int = 64
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "context", "n_layer", "n_head", "d_model", "mlp_ratio"):
+        sizes = ("vocab_size", "context", "n_layer", "n_head", "d_model", "mlp_ratio")
+        for field in (*sizes, "base_width"):
             if getattr(self, field) < 1:
                 raise UsageError(f"model.{field} must be positive, got {getattr(self, field)}")
         if self.d_model % self.n_head:
@@ -58,6 +65,11 @@ class ModelShape:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.d_model // self.n_head
+
+    @property
+    def shrink(self) -> float:
+        """What muP multiplies logits and the rates of hidden matrices by: base_width / d_model."""
+        return self.base_width / self.d_model if self.mup else 1.0
 
 
 class LanguageModel(nn.Module, ABC):
@@ -109,6 +121,15 @@ class LanguageModel(nn.Module, ABC):
     def infos(self) -> list[ParamInfo]:
         """`roles()` as first asked for: some frameworks empty the parameters later."""
         return self.roles()
+
+    def rate_scale(self, info: ParamInfo) -> float:
+        """What an AdamW rate is multiplied by for a parameter.
+
+        Under muP an entry of a hidden matrix moves by 1/width a step, so that its sums over the
+        width stay alike; embedding, head and vectors keep the rate (Yang et al., Tensor Programs
+        V, arXiv 2203.03466, table 8).
+        """
+        return self.shape.shrink if info.role is Role.HIDDEN else 1.0
 
     def parameter_count(self) -> int:
         """Number of weights, a tied one counted once."""

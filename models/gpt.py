@@ -12,6 +12,7 @@ from geon.models.layers import (
     attend,
     block_plan,
     head_axes,
+    linear,
     relu_squared,
     rms_norm,
     rotary_table,
@@ -26,8 +27,8 @@ class Attention(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.proj_in = Projections(shape.d_model, shape.fused_qkv, bias=False)
-        self.proj_out = nn.Linear(shape.d_model, shape.d_model, bias=False)
+        self.proj_in = Projections(shape.d_model, shape.fused_qkv, False, shape.gains)
+        self.proj_out = linear(shape.d_model, shape.d_model, gains=shape.gains)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -43,8 +44,8 @@ class Block(nn.Module):
         super().__init__()
         width = shape.mlp_ratio * shape.d_model
         self.attention = Attention(shape)
-        self.up = nn.Linear(shape.d_model, width, bias=False)
-        self.down = nn.Linear(width, shape.d_model, bias=False)
+        self.up = linear(shape.d_model, width, gains=shape.gains)
+        self.down = linear(width, shape.d_model, gains=shape.gains)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -53,7 +54,7 @@ class Block(nn.Module):
 
 
 class GPT(LanguageModel):
-    """Decoder with no learned vector: embedding, hidden matrices and head are all it has."""
+    """Decoder whose embedding, hidden matrices and head are all it learns, unless it has gains."""
 
     arch = "gpt"
 
@@ -74,26 +75,38 @@ class GPT(LanguageModel):
 
     def unembed(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab), softcapped when asked."""
-        logits = self.head(x).float()
+        logits = self.head(x).float() * self.shape.shrink
         cap = self.shape.softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def roles(self) -> list[ParamInfo]:
-        """Embedding, head, and everything else a hidden matrix."""
+        """Embedding, head, gains where it has them, and everything else a hidden matrix."""
         d = self.shape.d_model
         return declare(
             self,
-            {"embed.weight": Role.EMBEDDING, "head.weight": Role.HEAD, "weight": Role.HIDDEN},
+            {
+                "embed.weight": Role.EMBEDDING,
+                "head.weight": Role.HEAD,
+                "weight": Role.HIDDEN,
+                "rows": Role.GAIN,
+                "cols": Role.GAIN,
+            },
             {"qkv.weight": (d, d, d)},
             head_axes(self.shape.n_head),
         )
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
-        """Embedding N(0, 1); matrices of variance 1/(3 d_in), as torch draws its Linear."""
+        """Embedding N(0, 1); matrices of variance 1/(3 d_in), as torch draws its Linear.
+
+        Under muP the head's variance is that of the base width.
+        """
+        if info.role is Role.GAIN:
+            return torch.ones(info.shape, device=generator.device)
         ends_branch = info.name.endswith(("proj_out.weight", "down.weight", "head.weight"))
         if self.shape.zero_init_proj and ends_branch:
             return torch.zeros(info.shape, device=generator.device)
-        std = 1.0 if info.role is Role.EMBEDDING else 1.0 / math.sqrt(3 * info.shape[1])
+        fan = info.shape[-1] * (self.shape.shrink if info.role is Role.HEAD else 1.0)
+        std = 1.0 if info.role is Role.EMBEDDING else 1.0 / math.sqrt(3 * fan)
         return normal(info, std, generator)
 
     def shard_units(self) -> list[nn.Module]:

@@ -19,6 +19,8 @@ class Block(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         d = shape.d_model
+        if shape.gains:
+            raise UsageError("model.gains=true: gpt2 has gains of its own; choose model=gpt")
         self.head_dim = shape.head_dim
         self.norm1 = nn.LayerNorm(d)
         self.proj_in = Projections(d, shape.fused_qkv, bias=True)
@@ -61,7 +63,7 @@ class GPT2(LanguageModel):
 
     def unembed(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab) by the embedding's own weight."""
-        return F.linear(x, self.embed.weight).float()
+        return F.linear(x, self.embed.weight).float() * self.shape.shrink
 
     def roles(self) -> list[ParamInfo]:
         """Tied embedding, learned positions, hidden matrices, gains and biases."""
@@ -81,12 +83,15 @@ class GPT2(LanguageModel):
         )
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
-        """N(0, 0.02^2), the ends of branches over sqrt(2 n_layer); gains 1, biases 0."""
+        """N(0, 0.02^2), the ends of branches over sqrt(2 n_layer); gains 1, biases 0.
+
+        Under muP the variance of hidden matrices falls as 1/width.
+        """
         if info.role in (Role.GAIN, Role.BIAS):
             return torch.full(
                 info.shape, 1.0 if info.role is Role.GAIN else 0.0, device=generator.device
             )
-        std = 0.02
+        std = 0.02 * math.sqrt(self.rate_scale(info))
         if info.name.endswith(("proj_out.weight", "down.weight")):
             if self.shape.zero_init_proj:
                 return torch.zeros(info.shape, device=generator.device)

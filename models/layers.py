@@ -54,18 +54,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
+class GainLinear(nn.Linear):
+    """x -> diag(rows) W diag(cols) x: a matrix whose manifold fixes its size learns it here.
+
+    The gains multiply the weight, not the activations, which are many more.
+    """
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+        self.rows = nn.Parameter(torch.ones(d_out))
+        self.cols = nn.Parameter(torch.ones(d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        return F.linear(x, self.rows[:, None] * self.weight * self.cols)
+
+
+def linear(d_in: int, d_out: int, bias: bool = False, gains: bool = False) -> nn.Linear:
+    """A hidden matrix, with gains where the model has them."""
+    return GainLinear(d_in, d_out) if gains else nn.Linear(d_in, d_out, bias=bias)
+
+
 class Projections(nn.Module):
     """The q, k and v projections: three weights, or one fused with rows (q, k, v)."""
 
-    def __init__(self, d_model: int, fused: bool, bias: bool) -> None:
+    def __init__(self, d_model: int, fused: bool, bias: bool, gains: bool = False) -> None:
         super().__init__()
         self.fused = fused
         if fused:
-            self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
+            self.qkv = linear(d_model, 3 * d_model, bias, gains)
         else:
-            self.q = nn.Linear(d_model, d_model, bias=bias)
-            self.k = nn.Linear(d_model, d_model, bias=bias)
-            self.v = nn.Linear(d_model, d_model, bias=bias)
+            self.q, self.k, self.v = (linear(d_model, d_model, bias, gains) for _ in range(3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> three of (B, T, D)."""
