@@ -76,6 +76,15 @@ class RuleKind(Enum):
 
     steepest = "steepest"
     adamw = "adamw"
+    baseline = "baseline"
+    """Another package's optimizer (optim/baselines.py)."""
+
+
+class MomentumDtype(Enum):
+    """What the momenta of steepest rules rest in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class TransportChoice(Enum):

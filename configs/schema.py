@@ -13,6 +13,7 @@ from geon.configs.choices import (
     Layouts,
     MachineChoice,
     Mode,
+    MomentumDtype,
     Objective,
     Precision,
     RuleKind,
@@ -78,6 +79,10 @@ class RuleConfig:
     """AdamW only."""
     eps: float = 1e-8
     """AdamW only."""
+    baseline: str = ""
+    """rule=baseline: a name in optim/baselines.py."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """rule=baseline: keyword arguments of that optimizer."""
 
 
 @dataclass
@@ -137,8 +142,11 @@ class OptimConfig:
     record_pairs: list[int] = field(default_factory=list)
     """Steps at which the hidden weights and what their directions are taken of are saved, in
     pairs.pt of the run folder, for scripts/bench_solver.py."""
+    momentum_dtype: MomentumDtype = MomentumDtype.fp32
+    """What momenta rest in between steps: 4 or 2 bytes a parameter. Averages are fp32."""
     max_norm: float = 1.0
-    """Clip the gradient of AdamW groups at this norm; 0 never clips. Others are scale free."""
+    """Clip the gradient of AdamW and baseline groups at this norm; 0 never clips. Others are scale
+    free."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from geon.configs.schema import (
     Init,
     Layouts,
     ModelConfig,
+    MomentumDtype,
     OptimConfig,
     RuleConfig,
     RuleKind,
@@ -28,6 +29,7 @@ from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
 from geon.optim import (
     AdamW,
+    Baseline,
     Block,
     Group,
     HybridOptimizer,
@@ -51,6 +53,7 @@ ROLES = {
     "rest": {Role.GAIN, Role.BIAS, Role.SCALAR},
 }
 """Which roles each rule of `optim` takes."""
+_MOMENTA = {MomentumDtype.fp32: "float32", MomentumDtype.bf16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ class Routing:
 
     infos: list[ParamInfo]
     assigned: dict[str, str]
-    rules: dict[str, Rule | AdamW]
+    rules: dict[str, Rule | AdamW | Baseline]
     configs: dict[str, RuleConfig]
 
-    def rule(self, info: ParamInfo) -> Rule | AdamW:
+    def rule(self, info: ParamInfo) -> Rule | AdamW | Baseline:
         """Rule of a parameter."""
         return self.rules[self.assigned[info.name]]
 
@@ -291,6 +294,7 @@ def make_optimizer(
         mesh=mesh,
         wire=torch.bfloat16 if wire_bytes(config) == 2 else torch.float32,
         max_norm=config.optim.max_norm,
+        momentum=getattr(torch, _MOMENTA[config.optim.momentum_dtype]),
         separate=steps_alone(config),
     )
 

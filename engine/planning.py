@@ -8,7 +8,7 @@ from geon.engine.build import Routing, make_model, make_routing
 from geon.engine.parallel import check_layout, planned_layouts
 from geon.engine.wishes import make_wishes, planned_device, steps_alone, wire_bytes
 from geon.models import LanguageModel
-from geon.optim import AdamW, matrices_of
+from geon.optim import Rule, matrices_of
 from geon.optim.shard import Plan, make_plan
 
 
@@ -17,7 +17,7 @@ def plan_ahead(config: Config, model: LanguageModel, routing: Routing, world: in
     layouts = planned_layouts(model, config.parallel, world)
     matrices = []
     for name, rule in routing.rules.items():
-        if isinstance(rule, AdamW):
+        if not isinstance(rule, Rule):
             continue
         for info in routing.members(name):
             layout = layouts[info.name]

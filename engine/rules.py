@@ -6,6 +6,7 @@ from geon.optim import (
     MANIFOLDS,
     NORMS,
     AdamW,
+    Baseline,
     Ladder,
     Manifold,
     Norm,
@@ -16,13 +17,17 @@ from geon.optim import (
 )
 
 
-def make_rule(config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str) -> Rule | AdamW:
+def make_rule(
+    config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str
+) -> Rule | AdamW | Baseline:
     """Build one rule; `key` is its place in the config, for messages."""
     if config.rule is RuleKind.adamw:
         if len(config.betas) != 2:
             raise UsageError(f"{key}.betas needs two numbers, got {config.betas}")
         return AdamW((config.betas[0], config.betas[1]), config.eps, config.weight_decay)
     try:
+        if config.rule is RuleKind.baseline:
+            return Baseline(config.baseline, config.options)
         return Rule(
             norm=_make_norm(config, polar, key),
             manifold=_make_manifold(config, key),

@@ -1,6 +1,7 @@
 """Optimizers that know the geometry of each weight. Importing this costs torch alone."""
 
 from geon.optim.adamw import AdamW
+from geon.optim.baselines import BASELINES, Baseline
 from geon.optim.hybrid import Group, HybridOptimizer
 from geon.optim.manifolds import MANIFOLDS, Euclidean, Manifold, Stiefel
 from geon.optim.matrices import block_scale, check_per_head, matrices_of
@@ -15,6 +16,8 @@ __all__ = [
     "MANIFOLDS",
     "NORMS",
     "AdamW",
+    "BASELINES",
+    "Baseline",
     "Block",
     "Euclidean",
     "Group",

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from geon.errors import UsageError
 from geon.optim.adamw import AdamW
+from geon.optim.baselines import Baseline, Guests
 from geon.optim.matrices import check_per_head, matrices_of
 from geon.optim.polar import ieee_products
 from geon.optim.readings import Readings
@@ -29,11 +30,12 @@ from geon.optim.shard import (
     holding,
     make_plan,
 )
+from geon.optim.storage import flat, grad_of, local, signature
 from geon.optim.work import MatrixWork
 
-# Momenta and gathered weights are fp32 whatever the weights are: bf16 cannot hold a manifold
-# better than 4e-3, and loses most of a small step to rounding.
-_MOMENTUM = torch.float32
+# Averages are taken, and weights gathered, in fp32 whatever dtype they rest in: bf16 cannot hold a
+# manifold better than 4e-3, and loses most of a small step to rounding.
+_WORK = torch.float32
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Group:
     """
 
     name: str
-    rule: Rule | AdamW
+    rule: Rule | AdamW | Baseline
     lr: float
     params: list[tuple[ParamInfo, nn.Parameter]]
     per_head: bool = False
@@ -60,6 +62,9 @@ class Group:
 
 class HybridOptimizer(torch.optim.Optimizer):
     """Steps each param group by its rule: steepest rules on whole matrices, AdamW on entries.
+
+    A third kind, Baseline, hands its group to another package's optimizer, for comparisons; it
+    needs whole parameters (one process or DDP).
 
     Param groups are `{"params", "names", "name", "rule", "lr"}`; "rule" is the rule's description,
     so that `state_dict()` holds plain values only. State exists from construction on, like the
@@ -77,6 +82,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     wire: dtype of updates and directions that travel; weights always travel in fp32.
     max_norm: clip the gradients of AdamW groups to this global 2-norm within `step`; 0 never.
         Steepest directions do not depend on the length of the gradient.
+    momentum: dtype that the momenta of steepest rules rest in between steps.
     separate: one param group and one bucket for each parameter, for frameworks that replace
         parameters and step group by group (DeepSpeed); see `adopt`.
     """
@@ -89,12 +95,15 @@ class HybridOptimizer(torch.optim.Optimizer):
         wire: torch.dtype = torch.float32,
         max_norm: float = 0.0,
         separate: bool = False,
+        momentum: torch.dtype = torch.float32,
     ) -> None:
         self.rules = {g.name: g.rule for g in groups}
         self.max_norm = max_norm
         self.entry_norm: Tensor | None = None
         self._per_head = {g.name: g.per_head for g in groups}
         self._infos = {info.name: info for g in groups for info, _ in g.params}
+        self._momentum = momentum
+        self.guests = Guests()
         super().__init__(
             [
                 {
@@ -139,7 +148,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     def _settle(self, arena: Arena, layouts: Mapping[str, Layout]) -> None:
         """Plan for the parameters as they lie, and make their state."""
         self._arena, self._layouts = arena, dict(layouts)
-        self._signatures = {name: _signature(p) for name, p in self._params.items()}
+        self._signatures = {name: signature(p) for name, p in self._params.items()}
         device = next((p.device.type for p in self._params.values()), "cpu")
         matrices = self._matrices(self._wire.itemsize, device)
         self._exchange = Exchange(make_plan(matrices, self._wishes, self._separate), arena)
@@ -175,6 +184,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             f"{name}.{key}": tensor
             for name, param in self.named_parameters()
             for key, tensor in self.state[param].items()
+            if isinstance(tensor, Tensor)
         }
 
     def set_lr(self, fraction: float) -> None:
@@ -202,15 +212,18 @@ class HybridOptimizer(torch.optim.Optimizer):
     def _make_state(self) -> None:
         for group in self._groups:
             rule = self.rules[group["name"]]
+            if isinstance(rule, Baseline):
+                self.guests.add(group, rule)
+                continue
             for name in group["names"]:
                 param = self._params[name]
                 if isinstance(rule, AdamW):
                     self.state[param] = rule.new_state(param)
                     continue
-                self.state[param] = {"momentum": torch.zeros_like(param, dtype=_MOMENTUM)}
+                self.state[param] = {"momentum": torch.zeros_like(param, dtype=self._momentum)}
                 if rule.second_moment:
                     shape = self._row_state_shape(name, self._per_head[group["name"]])
-                    second = torch.zeros(shape, dtype=_MOMENTUM, device=param.device)
+                    second = torch.zeros(shape, dtype=_WORK, device=param.device)
                     self.state[param]["second_moment"] = second
 
     def _row_state_shape(self, name: str, per_head: bool) -> tuple[int, ...]:
@@ -249,17 +262,20 @@ class HybridOptimizer(torch.optim.Optimizer):
         weights: dict[str, Tensor] = {}
         for group in active:
             rule, frozen = self.rules[group["name"]], float(group["lr"]) == 0.0
-            if isinstance(rule, AdamW):
+            if not isinstance(rule, Rule):
                 continue
             for name in group["names"]:
                 param = self._params[name]
-                buffer = _local(self.state[param]["momentum"])
+                held = local(self.state[param]["momentum"])
+                buffer = held.to(_WORK)
                 if not frozen and param.grad is not None:
-                    update = rule.average(_grad(param).to(_MOMENTUM), buffer)
+                    update = rule.average(grad_of(param).to(_WORK), buffer)
                 else:
                     update = buffer if frozen else buffer.mul_(rule.momentum)
+                if buffer is not held:
+                    held.copy_(buffer)
                 updates[name] = update.reshape(-1)
-                weights[name] = _flat(name, param)
+                weights[name] = flat(name, param)
         lrs = {group["name"]: float(group["lr"]) for group in active}
         rules = {group["name"]: rule for group, rule in self._steepest()}
         return MatrixWork(updates, weights, rules, lrs, self._row_state, self.readings)
@@ -271,18 +287,21 @@ class HybridOptimizer(torch.optim.Optimizer):
         return second[slice(*matrix.box.rows)]
 
     def _step_entries(self, active: Sequence[dict[str, Any]]) -> None:
-        """Clip and step what AdamW steps."""
+        """Clip and step what is not stepped as matrices."""
         if self.max_norm:
             self.entry_norm = self.clip_entries_(self.max_norm)
         for group in active:
             rule = self.rules[group["name"]]
+            if isinstance(rule, Baseline):
+                self.state.update(self.guests.step(group))
+                continue
             named = (self._params[name] for name in group["names"])
             params = [p for p in named if p.grad is not None]
             if isinstance(rule, AdamW) and params and float(group["lr"]) != 0.0:
                 rule.step(
-                    [_local(p) for p in params],
-                    [_grad(p) for p in params],
-                    [{k: _local(v) for k, v in self.state[p].items()} for p in params],
+                    [local(p) for p in params],
+                    [grad_of(p) for p in params],
+                    [{k: local(v) for k, v in self.state[p].items()} for p in params],
                     float(group["lr"]),
                 )
 
@@ -290,16 +309,16 @@ class HybridOptimizer(torch.optim.Optimizer):
     def clip_entries_(self, max_norm: float) -> Tensor | None:
         """Clip the gradients of element-wise groups to a global 2-norm; return the norm before.
 
-        Steepest directions are scale invariant, so only AdamW groups are clipped. The norm is
+        Steepest directions are scale invariant, so only the other groups are clipped. The norm is
         exact whatever meshes the parameters lie on: each square is divided by the number of ranks
         that hold a copy, and one sum goes over all ranks. None when no group is element-wise.
         """
         found: dict[str, Tensor] = {}
         for group in self._groups:
-            if isinstance(self.rules[group["name"]], AdamW):
+            if not isinstance(self.rules[group["name"]], Rule):
                 for name in group["names"]:
                     if self._params[name].grad is not None:
-                        found[name] = _grad(self._params[name])
+                        found[name] = grad_of(self._params[name])
         if not found:
             return None
         squares = []
@@ -327,44 +346,10 @@ class HybridOptimizer(torch.optim.Optimizer):
             UsageError: names the parameter, how it lay and how it lies.
         """
         for name, param in self._held():
-            if (found := _signature(param)) != (planned := self._signatures[name]):
+            if (found := signature(param)) != (planned := self._signatures[name]):
                 was, now = (", ".join(map(str, one)) for one in (planned, found))
                 raise UsageError(
                     f"parameter '{name}' was planned as {was} and is now {now}: weights may "
                     "not be moved, resharded or replaced after the optimizer was made; make it "
                     "after fully_shard, parallelize_module and .to(device)"
                 )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's piece of a DTensor; a plain tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
-
-
-def _grad(param: Tensor) -> Tensor:
-    """This rank's piece of a gradient, laid out like its parameter."""
-    grad: Any = param.grad
-    placements = getattr(param, "placements", None)
-    if placements is not None and grad.placements != placements:
-        grad = grad.redistribute(placements=placements)
-    return _local(grad)
-
-
-def _flat(name: str, param: Tensor) -> Tensor:
-    """Storage of this rank's weights as a vector; no copy."""
-    local = _local(param).detach()
-    if not local.is_contiguous():
-        raise UsageError(
-            f"parameter '{name}': its local weights of shape {tuple(local.shape)} have strides "
-            f"{local.stride()}: make them contiguous before the optimizer is made"
-        )
-    return local.view(-1)
-
-
-def _signature(param: Any) -> tuple[Any, ...]:
-    """How a parameter lies: what may not change after the plan was made."""
-    place = (tuple(param.shape), param.dtype, param.device.type)
-    if hasattr(param, "placements"):
-        return (*place, param.placements, param.device_mesh)
-    return place

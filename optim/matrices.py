@@ -4,21 +4,23 @@ import math
 
 from geon.errors import UsageError
 from geon.optim.adamw import AdamW
+from geon.optim.baselines import Baseline
 from geon.optim.norms.rownorm import RowWise
 from geon.optim.roles import Block, ParamInfo
 from geon.optim.rule import Rule
 from geon.optim.shard import Layout, Matrix, Region, Sums, Transport
 
 
-def check_per_head(rule: Rule | AdamW, per_head: bool, where: str) -> None:
+def check_per_head(rule: Rule | AdamW | Baseline, per_head: bool, where: str) -> None:
     """Refuse blocks for a rule that has no matrices.
 
     Raises:
         UsageError: names the place.
     """
-    if per_head and isinstance(rule, AdamW):
+    if per_head and not isinstance(rule, Rule):
+        kind = type(rule).__name__.lower()
         raise UsageError(
-            f"{where}: per_head cuts matrices into heads, but rule=adamw steps entries: "
+            f"{where}: per_head cuts matrices into heads, but rule={kind} does not step matrices: "
             "set per_head=false, or rule=steepest"
         )
 

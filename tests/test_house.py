@@ -83,7 +83,7 @@ def imports():
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
 PARTS = "optim.adamw optim.baselines optim.hybrid optim.modular optim.readings optim.roles"
-PARTS += " optim.router optim.rule optim.matrices optim.work"
+PARTS += " optim.router optim.rule optim.matrices optim.storage optim.work"
 PARTS += " optim.manifolds optim.norms optim.polar optim.shard optim.solvers"
 ARROWS = {
     "geon": "",
@@ -97,13 +97,14 @@ ARROWS = {
     "optim.roles": "",
     "optim.router": "optim.roles",
     "optim.adamw": "",
-    "optim.baselines": "optim.roles",
+    "optim.storage": "",
+    "optim.baselines": "",
     "optim.modular": "optim.norms optim.roles",
     "optim.readings": "optim.rule optim.solvers",
     "optim.work": "optim.norms optim.readings optim.rule optim.shard optim.solvers",
-    "optim.matrices": "optim.adamw optim.norms optim.roles optim.rule optim.shard",
-    "optim.hybrid": "optim.adamw optim.matrices optim.polar optim.readings optim.roles optim.router"
-    " optim.rule optim.shard optim.work",
+    "optim.matrices": "optim.adamw optim.baselines optim.norms optim.roles optim.rule optim.shard",
+    "optim.hybrid": "optim.adamw optim.baselines optim.matrices optim.polar optim.readings"
+    " optim.roles optim.router optim.rule optim.shard optim.storage optim.work",
     "optim": PARTS,
     "models": "optim.roles",
     "data": "",
