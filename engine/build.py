@@ -17,6 +17,7 @@ from geon.configs.schema import (
     ModelConfig,
     MomentumDtype,
     OptimConfig,
+    ParallelConfig,
     RuleConfig,
     RuleKind,
     Source,
@@ -157,6 +158,23 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
     for name, rule in rules.items():
         check_per_head(rule, used[name].per_head, f"optim.{name}")
     return Routing(infos, assigned, rules, used)
+
+
+def check_baselines(routing: Routing, config: ParallelConfig) -> None:
+    """Refuse other packages' optimizers where parameters are cut.
+
+    Raises:
+        UsageError: names the route and the layout.
+    """
+    if config.layout in (Layouts.single, Layouts.ddp):
+        return
+    for name, rule in routing.rules.items():
+        if isinstance(rule, Baseline):
+            raise UsageError(
+                f"optim.{name}.rule=baseline ('{rule.name}') under parallel.layout="
+                f"{config.layout.value}: other packages' optimizers need whole parameters; "
+                "choose parallel=single or parallel=ddp"
+            )
 
 
 def _scaled(

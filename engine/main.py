@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from geon.configs.schema import Config, Mode
 from geon.engine import build, checkpoint, planning, runfolder
 from geon.engine.callbacks import Checkpointer, Evaluator, Progress, Spectrum, write_json
+from geon.engine.curvature import Curvature
 from geon.engine.evaluate import val_windows
 from geon.engine.geometry import Geometry, RecordPairs
 from geon.engine.loggers import check_loggers, open_loggers
@@ -20,6 +21,7 @@ from geon.engine.report import Report
 from geon.engine.trainer import Callback, Trainer
 from geon.errors import UsageError
 from geon.launch.env import Env
+from geon.optim import Baseline
 
 
 def execute(config: Config, env: Env) -> None:
@@ -45,11 +47,19 @@ def train(config: Config, env: Env) -> None:
     val_windows(corpus, config.model.context, config.data.val_tokens)
     model = build.make_model(config.model)
     routing = build.make_routing(model, config.optim)
+    build.check_baselines(routing, config.parallel)
     resume = _find_resume(config, build.fingerprint(model), env)
+    if resume is not None and any(isinstance(r, Baseline) for r in routing.rules.values()):
+        raise UsageError(
+            f"'{resume}' cannot be resumed: another package's optimizer (rule=baseline) keeps state "
+            "that checkpoints do not hold; set checkpoint.resume=never"
+        )
     parallel = start(config.parallel, config.device, env)
     run = build.build(config, parallel, corpus, batches, model, routing)
     folder = Path(config.output) / config.name
     trainer = Trainer(run, folder, _callbacks(config))
+    if run.optimizer.guests:
+        trainer.callbacks = [Curvature(), *trainer.callbacks]
     if resume is not None:
         _resume(trainer, resume)
     parallel.barrier()

@@ -126,6 +126,9 @@ class Guests:
         self._every: dict[str, int] = {}
         self._curvature: dict[str, list[Tensor]] = {}
 
+    def __len__(self) -> int:
+        return len(self._optimizers)
+
     def add(self, group: Mapping[str, Any], rule: Baseline) -> None:
         """Make the optimizer of a param group."""
         self._optimizers[group["name"]] = rule.start(group["params"], group["lr"])

@@ -1,0 +1,33 @@
+"""Estimates of the Hessian's diagonal for the baselines that step by it."""
+
+import torch
+
+from geon.engine.trainer import Callback, Trainer
+
+
+class Curvature(Callback):
+    """Gauss-Newton-Bartlett estimate (Liu et al., Sophia, arXiv 2305.14342, algorithm 2).
+
+    Labels are drawn from the model's own predictions; tokens times the square of the gradient of
+    their mean loss estimates the diagonal of the Gauss-Newton matrix. Cost: one more forward and
+    backward pass over a micro-batch, on the steps that ask for it.
+    """
+
+    def before_update(self, trainer: Trainer) -> None:
+        """Hand the optimizer an estimate when it wants one."""
+        run, optimizer = trainer.run, trainer.run.optimizer
+        if not optimizer.guests.curvature_due(trainer.step):
+            return
+        tokens = run.batches.step(trainer.step)[0][0].to(run.parallel.device)
+        seed = run.config.seed * 1_000_003 + trainer.step * run.parallel.env.world
+        generator = torch.Generator(tokens.device).manual_seed(seed + run.parallel.env.rank)
+        logits = run.model(tokens).flatten(0, 1)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        names, params = zip(*run.model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(loss, params)
+        diagonal = {
+            name: run.parallel.mean(grad.square().mul_(labels.numel()))
+            for name, grad in zip(names, grads, strict=True)
+        }
+        optimizer.guests.take_curvature(optimizer.param_groups, diagonal)
