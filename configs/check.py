@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from geon.configs.ranges import check_values
-from geon.configs.schema import Config, ModelConfig, OverrideConfig
+from geon.configs.schema import ArmConfig, Config, ModelConfig, OverrideConfig
 from geon.errors import UsageError, nearest
 
 ROOT = Path(__file__).resolve().parent
-_ENTRIES = {"optim.overrides": OverrideConfig}
+_ENTRIES = {"optim.overrides": OverrideConfig, "sweep.arms": ArmConfig}
 """Schema of the entries of dict fields; entries of other dict fields are plain values."""
 T = TypeVar("T")
 
@@ -106,6 +106,11 @@ def resolve(composed: DictConfig) -> Config:
     config.optim.overrides = {
         name: _merge(OverrideConfig, override, prefix=f"optim.overrides.{name}.")
         for name, override in config.optim.overrides.items()
+    }
+    config.sweep.arms = {
+        name: _merge(ArmConfig, arm, prefix=f"sweep.arms.{name}.")
+        for name, arm in config.sweep.arms.items()
+        if arm is not None
     }
     check_values(config)
     _count_heads(config.model)

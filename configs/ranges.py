@@ -61,7 +61,7 @@ RANGES: dict[str, Test] = {
     "cluster.nodes": POSITIVE,
     "cluster.ranks_per_node": POSITIVE,
     "cluster.cpus_per_rank": POSITIVE,
-    "sweep.parallel_jobs": POSITIVE,
+    "sweep.parallel_jobs": NOT_NEGATIVE,
 }
 
 RULE_RANGES: dict[str, Test] = {

@@ -306,13 +306,29 @@ class ClusterConfig:
 
 
 @dataclass
+class ArmConfig:
+    """One side of a comparison."""
+
+    overrides: list[str] = field(default_factory=list)
+    """What makes it, e.g. [optim=muon]."""
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Values of its own for keys of the grid."""
+
+
+@dataclass
 class SweepConfig:
     """A grid of jobs for `launch/sweep.py`; each is a torchrun of its own."""
 
     name: str = "none"
+    overrides: list[str] = field(default_factory=list)
+    """What all jobs share; what is given beside sweep=... comes after it, and wins."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Config key -> values; the jobs are the product."""
-    parallel_jobs: int = 1
+    """Config key -> values; the jobs are the product, within each arm where there are arms."""
+    arms: dict[str, Any] = field(default_factory=dict)
+    """Name -> ArmConfig: '+sweep.arms.lion={overrides: [optim=lion], grid: {optim.lr: [0.001]}}'.
+    A null arm is left out."""
+    parallel_jobs: int = 0
+    """Jobs at a time; 0 takes as many as GPUs, or as CPU cores, have room for."""
 
 
 @dataclass

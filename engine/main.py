@@ -51,8 +51,8 @@ def train(config: Config, env: Env) -> None:
     resume = _find_resume(config, build.fingerprint(model), env)
     if resume is not None and any(isinstance(r, Baseline) for r in routing.rules.values()):
         raise UsageError(
-            f"'{resume}' cannot be resumed: another package's optimizer (rule=baseline) keeps state "
-            "that checkpoints do not hold; set checkpoint.resume=never"
+            f"'{resume}' cannot be resumed: another package's optimizer (rule=baseline) keeps "
+            "state that checkpoints do not hold; set checkpoint.resume=never"
         )
     parallel = start(config.parallel, config.device, env)
     run = build.build(config, parallel, corpus, batches, model, routing)

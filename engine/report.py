@@ -77,6 +77,7 @@ class Report(Callback):
             "optimizer_share": float(np.median([r["optimizer_share"] for r in train]))
             if train
             else None,
+            "optimizer_state_bytes": run.optimizer.state_bytes(),
             "matrices_orthogonalized_per_step": run.optimizer.plan.orthogonalized,
             "data": run.corpus.facts,
             "torch": torch.__version__,

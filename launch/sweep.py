@@ -1,7 +1,8 @@
-"""A grid of jobs on this machine, one process each: `python -m geon.launch.sweep sweep=lr`.
+"""A grid of jobs on this machine: `python -m geon.launch.sweep sweep=lr`.
 
-Jobs that have finished are skipped, so the same command resumes a sweep. A sweep of one's own is
-a file in configs/sweep.
+Each is a launch of its own. A sweep may have arms: sides of a comparison with settings and values of
+their own. Jobs that have finished are skipped, so the same command resumes a sweep. A sweep of one's
+own is a file in configs/sweep.
 """
 
 import argparse
@@ -38,10 +39,14 @@ class Job:
     """One point of the grid.
 
     Attributes:
+        arm: side of the comparison that it belongs to; empty where there is one only.
+        point: its values in the grid.
         arguments: what train.py is given.
         folder: its run folder.
     """
 
+    arm: str
+    point: dict[str, Any]
     name: str
     arguments: list[str]
     ranks: int
@@ -77,32 +82,44 @@ def expand(config: "Config", overrides: Sequence[str]) -> list[Job]:
     Raises:
         UsageError: no grid, a bad key or value in it, or a finished job with other settings.
     """
-    grid = config.sweep.grid
-    if not grid:
+    sweep, jobs = config.sweep, []
+    if not sweep.grid and not sweep.arms:
         raise UsageError(
             f"sweep={config.sweep.name} has no grid: choose one with sweep=lr, or add a file to "
             "configs/sweep and name it"
         )
-    if empty := [key for key, values in grid.items() if not values]:
-        raise UsageError(f"sweep.grid gives '{empty[0]}' no values: give it at least one")
-    points = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
-    jobs = [_make_job(config.name, point, overrides) for point in points]
+    for arm, settings in sweep.arms.items() or [("", None)]:
+        grid = {**sweep.grid, **(settings.grid if settings else {})}
+        if empty := [key for key, values in grid.items() if not values]:
+            raise UsageError(f"sweep.grid gives '{empty[0]}' no values: give it at least one")
+        points = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
+        jobs += [make_job(config, overrides, arm, point) for point in points]
     names = [job.name for job in jobs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"sweep.grid has two jobs named '{twice[0]}': drop or rename one value")
     return jobs
 
 
-def _make_job(base: str, point: Mapping[str, Any], overrides: Sequence[str]) -> Job:
-    """Check one point of the grid. JSON is also Hydra's grammar for all values but nested dicts."""
+def make_job(sweep: "Config", overrides: Sequence[str], arm: str, point: Mapping[str, Any]) -> Job:
+    """Check one point of an arm's grid.
+
+    JSON is also Hydra's grammar for all values but nested dicts.
+
+    Raises:
+        UsageError: a bad key or value, or a finished job of this name with other settings.
+    """
     settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
-    name = job_name(base, point)
-    arguments = [*overrides, *settings, f'name="{name}"']
+    name = job_name(f"{sweep.name}-{arm}" if arm else sweep.name, point)
+    own = sweep.sweep.arms[arm].overrides if arm else []
+    arguments = [*sweep.sweep.overrides, *overrides, *own, *settings, f'name="{name}"']
     try:
         config = compose(arguments)
     except UsageError as error:
-        raise UsageError(f"sweep.grid at {', '.join(settings)}: {error}") from None
-    job = Job(name, arguments, config.cluster.ranks_per_node, Path(config.output) / name)
+        place = f"arm {arm} at " if arm else ""
+        raise UsageError(f"sweep.grid at {place}{', '.join(settings)}: {error}") from None
+    job = Job(
+        arm, dict(point), name, arguments, config.cluster.ranks_per_node, Path(config.output) / name
+    )
     if job.ranks < 1:
         raise UsageError(f"cluster.ranks_per_node must be positive, got {job.ranks}")
     if job.report is not None:
@@ -142,14 +159,17 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(listed.stdout.count("GPU-"))]
 
 
+def _cores() -> int:
+    known = getattr(os, "sched_getaffinity", None)
+    return len(known(0)) if known else os.cpu_count() or 1
+
+
 def share(ranks: int, place: int, places: int, gpus: Sequence[str]) -> dict[str, str]:
     """Environment of the job at one of `places`: CPU threads and GPUs of its own.
 
     Jobs share GPUs only where these do not suffice.
     """
-    known = getattr(os, "sched_getaffinity", None)
-    cores = len(known(0)) if known else os.cpu_count() or 1
-    own = {"OMP_NUM_THREADS": str(max(1, cores // places // ranks))}
+    own = {"OMP_NUM_THREADS": str(max(1, _cores() // places // ranks))}
     if places > 1 and ranks <= len(gpus):
         picked = (gpus[(place * ranks + i) % len(gpus)] for i in range(ranks))
         own["CUDA_VISIBLE_DEVICES"] = ",".join(picked)
@@ -159,10 +179,15 @@ def share(ranks: int, place: int, places: int, gpus: Sequence[str]) -> dict[str,
 def run_jobs(jobs: Sequence[Job], places: int) -> list[Job]:
     """Run jobs to their ends, `places` at a time; those under way end with this process.
 
+    places: 0 for as many as the GPUs, or without GPUs the cores, have room for.
+
     Returns:
         The jobs that failed; each has been reported on stderr.
     """
     waiting, failed, gpus = list(jobs), [], _gpus()
+    if not places:
+        most = max((job.ranks for job in jobs), default=1)
+        places = max(1, (len(gpus) or _cores()) // most)
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     try:
         while waiting or running:
@@ -231,8 +256,6 @@ def sweep(overrides: Sequence[str], dry_run: bool = False) -> int:
         UsageError: before any job is started.
     """
     config = compose(overrides)
-    if config.sweep.parallel_jobs < 1:
-        raise UsageError(f"sweep.parallel_jobs must be positive, got {config.sweep.parallel_jobs}")
     if config.cluster.nodes != 1:
         raise UsageError(f"cluster.nodes must be 1 for a sweep, got {config.cluster.nodes}")
     jobs = expand(config, overrides)

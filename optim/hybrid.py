@@ -30,7 +30,7 @@ from geon.optim.shard import (
     holding,
     make_plan,
 )
-from geon.optim.storage import flat, grad_of, local, signature
+from geon.optim.storage import bytes_of, flat, grad_of, local, signature
 from geon.optim.work import MatrixWork
 
 # Averages are taken, and weights gathered, in fp32 whatever dtype they rest in: bf16 cannot hold a
@@ -186,6 +186,10 @@ class HybridOptimizer(torch.optim.Optimizer):
             for key, tensor in self.state[param].items()
             if isinstance(tensor, Tensor)
         }
+
+    def state_bytes(self) -> int:
+        """Bytes of state on this rank."""
+        return sum(bytes_of(value) for value in self.state.values())
 
     def set_lr(self, fraction: float) -> None:
         """Set every group to this fraction of its peak learning rate."""

@@ -39,3 +39,15 @@ def signature(param: Any) -> tuple[Any, ...]:
     if hasattr(param, "placements"):
         return (*place, param.placements, param.device_mesh)
     return place
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors inside: of a dict, a list, or an object that another package made."""
+    if isinstance(value, Tensor):
+        own = local(value)
+        return own.numel() * own.element_size()
+    if isinstance(value, dict):
+        return sum(map(bytes_of, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(bytes_of, value))
+    return bytes_of(vars(value)) if hasattr(value, "__dict__") else 0

@@ -93,7 +93,7 @@ def test_a_bad_grid_is_refused_before_any_job(tmp_path, grid, message):
         ("sweep=none", "sweep=none has no grid: choose one with sweep=lr"),
         ("seed=[1", "cannot read override 'seed=[1'"),
         ("cluster.nodes=2", "cluster.nodes must be 1"),
-        ("sweep.parallel_jobs=0", "sweep.parallel_jobs must be positive, got 0"),
+        ("sweep.parallel_jobs=-1", "sweep.parallel_jobs must be 0 or more, got -1"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(tmp_path, capsys, more, message):

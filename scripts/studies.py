@@ -1,0 +1,106 @@
+"""What the studies share: run a sweep's jobs, gather their losses by arm, seed and value."""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geon.engine.callbacks import write_json
+from geon.launch.compose import compose
+from geon.launch.sweep import Job, expand, run_jobs
+from geon.scripts.bench_solver import hardware, pick_device
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+
+
+def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Command line of a study: where results go, whether to run, and Hydra overrides."""
+    made = argparse.ArgumentParser(prog=f"python -m geon.scripts.{name}", description=description)
+    made.add_argument("overrides", nargs="*", help="Hydra overrides for every job")
+    made.add_argument("--out", type=Path, default=Path("docs"), help="pictures; JSON in results/")
+    made.add_argument("--dry-run", action="store_true", help="list the jobs, run none")
+    made.add_argument("--read", action="store_true", help="run nothing, read what has finished")
+    return made
+
+
+def jobs_of(sweep: str, overrides: Sequence[str]) -> tuple[list[str], list[Job]]:
+    """A sweep's overrides and its jobs, all checked."""
+    told = [f"sweep={sweep}", *overrides]
+    return told, expand(compose(told), told)
+
+
+def finish(jobs: Sequence[Job], told: argparse.Namespace, places: int) -> None:
+    """Run the jobs that have not finished; a job that fails (diverges) leaves a gap."""
+    left = [job for job in jobs if job.report is None]
+    if told.dry_run:
+        for job in jobs:
+            print("to run   " if job in left else "finished ", job.name)
+        print(f"{len(left)} of {len(jobs)} jobs to run")
+        sys.exit(0)
+    if left and not told.read:
+        run_jobs(left, places)
+
+
+def loss_of(report: Mapping[str, Any]) -> float:
+    """Validation loss, nats per byte where the text is known, else per token."""
+    per_byte = report["val_nats_per_byte"]
+    return float(report["val_nats_per_token"] if per_byte is None else per_byte)
+
+
+def losses(jobs: Sequence[Job], keys: Sequence[str]) -> dict[str, dict[Any, dict[int, float]]]:
+    """Arm -> value of `keys` (one, or a tuple) -> seed -> validation loss, of finished jobs."""
+    found: dict[str, dict[Any, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for job in jobs:
+        if (report := job.report) is not None:
+            value = tuple(job.point[key] for key in keys)
+            at = value[0] if len(keys) == 1 else value
+            found[job.arm][at][job.point.get("seed", 0)] = loss_of(report)
+    return found
+
+
+def mean_sem(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 for a single value)."""
+    sem = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), sem
+
+
+def meta(command: str, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Where a result file comes from."""
+    seconds = sum(job.report["train_seconds"] for job in jobs if job.report is not None)
+    return {
+        "command": command,
+        "hardware": hardware(pick_device("auto")),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "date": date.today().isoformat(),
+        "jobs": len(jobs),
+        "finished": sum(job.report is not None for job in jobs),
+        "train_seconds": round(seconds, 1),
+    }
+
+
+def command_line(told: argparse.Namespace, name: str) -> str:
+    """The command that makes a result file again."""
+    return " ".join([f"python -m geon.scripts.{name}", *told.overrides])
+
+
+def save(out: Path, name: str, content: Mapping[str, Any]) -> Path:
+    """Write <out>/results/<name>.json."""
+    path = out / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    print(f"wrote {path}")
+    return path
+
+
+def load(out: Path, name: str) -> dict[str, Any]:
+    """Read a result file."""
+    content: dict[str, Any] = json.loads((out / "results" / f"{name}.json").read_text())
+    return content
