@@ -114,7 +114,19 @@ def resolve(composed: DictConfig) -> Config:
     }
     check_values(config)
     _count_heads(config.model)
+    _count_steps(config)
     return config
+
+
+def _count_steps(config: Config) -> None:
+    """Let the number of steps follow the number of tokens where that is given."""
+    if tokens := config.schedule.tokens:
+        if tokens % config.data.batch_tokens:
+            raise UsageError(
+                f"schedule.tokens {tokens} is not a multiple of data.batch_tokens "
+                f"{config.data.batch_tokens}"
+            )
+        config.schedule.steps = tokens // config.data.batch_tokens
 
 
 def _count_heads(model: ModelConfig) -> None:

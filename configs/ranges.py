@@ -39,6 +39,7 @@ RANGES: dict[str, Test] = {
     "parallel.zero": ("one of 0, 1, 2, 3", lambda x: 0 <= x <= 3),
     "parallel.timeout_seconds": POSITIVE,
     "schedule.steps": POSITIVE,
+    "schedule.tokens": NOT_NEGATIVE,
     "schedule.warmup": SHARE,
     "schedule.decay": SHARE,
     "schedule.floor": SHARE,

@@ -203,6 +203,8 @@ class ScheduleConfig:
 
     shape: Shape = MISSING
     steps: int = MISSING
+    tokens: int = 0
+    """When set, steps follow: tokens / data.batch_tokens, so that a sweep of batches keeps it."""
     warmup: float = 0.0
     """Share of the run with a linear warm-up."""
     decay: float = 1.0

@@ -1,8 +1,8 @@
 """A grid of jobs on this machine: `python -m geon.launch.sweep sweep=lr`.
 
-Each is a launch of its own. A sweep may have arms: sides of a comparison with settings and values of
-their own. Jobs that have finished are skipped, so the same command resumes a sweep. A sweep of one's
-own is a file in configs/sweep.
+Each is a launch of its own. A sweep may have arms: sides of a comparison with settings and values
+of their own. Jobs that have finished are skipped, so the same command resumes a sweep. A sweep of
+one's own is a file in configs/sweep.
 """
 
 import argparse
