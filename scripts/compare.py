@@ -25,7 +25,7 @@ LR = "optim.lr"
 
 
 def verdict(jobs: Sequence[Job], along: str) -> dict[str, Any]:
-    """arm -> value of `along` ("" without one) -> loss, sem, seeds, lr, lr_inside_grid, by_lr."""
+    """Arm -> value of `along` ("" without one) -> loss, sem, seeds, lr, lr_inside_grid, by_lr."""
     keys = (along, LR) if along else (LR,)
     result: dict[str, Any] = {}
     for arm, points in studies.losses(jobs, keys).items():
