@@ -106,6 +106,7 @@ def resolve(composed: DictConfig) -> Config:
     config.optim.overrides = {
         name: _merge(OverrideConfig, override, prefix=f"optim.overrides.{name}.")
         for name, override in config.optim.overrides.items()
+        if override is not None
     }
     config.sweep.arms = {
         name: _merge(ArmConfig, arm, prefix=f"sweep.arms.{name}.")

@@ -67,6 +67,7 @@ RANGES: dict[str, Test] = {
 
 RULE_RANGES: dict[str, Test] = {
     "lr": NOT_NEGATIVE,
+    "lr_scale": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
     "radius": POSITIVE,
     "momentum": ("at least 0 and below 1: it is the fraction kept", lambda x: 0 <= x < 1),

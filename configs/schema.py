@@ -59,6 +59,8 @@ class RuleConfig:
     rule: RuleKind = RuleKind.steepest
     lr: float = MISSING
     """Peak learning rate. On a manifold: radians a step."""
+    lr_scale: float = 1.0
+    """Multiplies lr, so that rates which follow optim.lr keep a ratio to it."""
     weight_decay: float = 0.0
     """Decoupled, per unit of lr. 1 makes a steepest rule Scion's constrained form."""
     norm: str = "spectral"
@@ -90,6 +92,9 @@ class OverrideConfig(RuleConfig):
     """A rule for the parameters whose names match a glob, tried before the roles."""
 
     pattern: str = MISSING
+    optional: bool = False
+    """Whether the pattern may match nothing, for configs that serve several models. Such a route is
+    tried after the others."""
 
 
 @dataclass
@@ -136,7 +141,8 @@ class OptimConfig:
     rest: RuleConfig = field(default_factory=RuleConfig)
     """Gains, biases and scalars."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Route name -> OverrideConfig: '+optim.overrides.q={pattern: "*.q.weight", lr: 0.01}'."""
+    """Route name -> OverrideConfig: '+optim.overrides.q={pattern: "*.q.weight", lr: 0.01}'. A null
+    one is left out."""
     polar: PolarConfig = field(default_factory=PolarConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     record_pairs: list[int] = field(default_factory=list)

@@ -141,7 +141,8 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
             heads for AdamW.
     """
     infos = model.infos
-    routes = [Route(name, pattern=o.pattern) for name, o in config.overrides.items()]
+    overrides = sorted(config.overrides.items(), key=lambda item: item[1].optional)
+    routes = [Route(name, pattern=o.pattern, optional=o.optional) for name, o in overrides]
     routes += [Route(name, frozenset(roles)) for name, roles in ROLES.items()]
     assigned = route(infos, routes)
     configs: dict[str, RuleConfig] = {
@@ -180,10 +181,11 @@ def check_baselines(routing: Routing, config: ParallelConfig) -> None:
 def _scaled(
     model: LanguageModel, config: RuleConfig, members: Sequence[ParamInfo], name: str
 ) -> RuleConfig:
-    """The config of a route with the rate that the model's parametrisation gives its members.
+    """The config of a route with its rate worked out: lr_scale, and the model's parametrisation.
 
-    Steepest rules keep theirs: their norms know the shape.
+    Steepest rules do without the latter: their norms know the shape.
     """
+    config = replace(config, lr=config.lr * config.lr_scale, lr_scale=1.0)
     if config.rule is RuleKind.steepest:
         return config
     scales = {model.rate_scale(info) for info in members}

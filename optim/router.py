@@ -18,11 +18,13 @@ class Route:
         name: the route's name, e.g. "hidden"; also the name of its param group.
         roles: roles that this route takes.
         pattern: glob over parameter names; when given, `roles` is not read.
+        optional: whether the pattern may take nothing.
     """
 
     name: str
     roles: frozenset[Role] = frozenset()
     pattern: str | None = None
+    optional: bool = False
 
     def takes(self, info: ParamInfo) -> bool:
         """Whether this route takes the parameter."""
@@ -54,7 +56,7 @@ def route(infos: Sequence[ParamInfo], routes: Sequence[Route]) -> dict[str, str]
             )
         assigned[info.name] = taker.name
     for r in routes:
-        if r.pattern is not None and r.name not in assigned.values():
+        if r.pattern is not None and not r.optional and r.name not in assigned.values():
             raise UsageError(
                 f"pattern '{r.pattern}' of route '{r.name}' takes no parameter; patterns are "
                 f"globs over names such as '{infos[0].name}' (optim.overrides)"

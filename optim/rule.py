@@ -58,11 +58,11 @@ class Rule:
         for name, kept in (("momentum", self.momentum), ("second_moment", self.second_moment)):
             if not 0.0 <= kept < 1.0:
                 raise UsageError(f"{name} {kept} is the fraction kept: it must be in [0, 1)")
-        if self.second_moment and (self.manifold.constrains or not self.orthogonalizes):
+        if self.second_moment and not (self.manifold.flat and self.orthogonalizes):
             raise UsageError(
                 f"second_moment {self.second_moment} divides the rows of a polar factor: it needs "
-                f"norm=spectral and manifold=euclidean, not {type(self.norm).__name__} x "
-                f"{type(self.manifold).__name__}"
+                "norm=spectral and manifold=euclidean or spectral_ball, not "
+                f"{type(self.norm).__name__} x {type(self.manifold).__name__}"
             )
         object.__setattr__(self, "_solver", steepest(self.norm, self.manifold, self.ladder))
 

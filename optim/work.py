@@ -62,13 +62,7 @@ class MatrixWork:
         matrix = jobs[0].matrix
         rule, scale = self.rules[matrix.rule], matrix.scale
         if matrix.operands == 1:
-            found = rule.solve(operands[0], None, matrix.shape).direction
-            if matrix.row_state and self.lrs[matrix.rule] != 0.0:
-                divided = [
-                    rule.divide_rows(one, self.row_state(job.matrix))
-                    for job, one in zip(jobs, found.unbind(), strict=True)
-                ]
-                found = torch.stack(divided)
+            found = self._divided(jobs, rule.solve(operands[0], None, matrix.shape).direction)
             return found if scale == 1.0 else found * scale
         update, weight = operands
         unit = weight if scale == 1.0 else weight / scale
@@ -77,8 +71,20 @@ class MatrixWork:
         own = [i for i, job in enumerate(jobs) if job.owner == rank]
         if own:
             self.readings.take(rule, update, unit, solution, own)
-        moved = rule.move(unit, solution.direction, self.lrs[matrix.rule])
+        direction = self._divided(jobs, solution.direction)
+        moved = rule.move(unit, direction, self.lrs[matrix.rule])
         return _rescaled(weight, unit, moved, scale)
+
+    def _divided(self, jobs: Sequence[Job], directions: Tensor) -> Tensor:
+        """Directions with their rows divided, where the rule has a second moment."""
+        matrix = jobs[0].matrix
+        if not matrix.row_state or self.lrs[matrix.rule] == 0.0:
+            return directions
+        rule = self.rules[matrix.rule]
+        pairs = zip(jobs, directions.unbind(), strict=True)
+        return torch.stack(
+            [rule.divide_rows(one, self.row_state(job.matrix)) for job, one in pairs]
+        )
 
     def write(self, matrix: Matrix, piece: Piece, result: Tensor) -> None:
         """Move a piece of the weight by a piece of a direction, or replace it."""

@@ -2,7 +2,7 @@
 
 Every arm of sweep=leaderboard searches as many learning rates as the others with one seed; its best
 one runs again with more seeds. Finished jobs are skipped, so the same command resumes. Writes
-results/leaderboard.json and leaderboard.png.
+results/<sweep>.json and <sweep>.png.
 """
 
 import math
@@ -169,19 +169,20 @@ def picture(result: Mapping[str, Any]) -> Figure:
 def run(arguments: Sequence[str]) -> int:
     """Search, repeat, and write the table."""
     parser = studies.parser(__doc__, "leaderboard")
+    parser.add_argument("--sweep", default="leaderboard", help="a sweep with arms, e.g. recipe")
     parser.add_argument("--draw", action="store_true", help="only draw, from the result file")
     told = parser.parse_intermixed_args(arguments)
     if not told.draw:
-        overrides, search = studies.jobs_of("leaderboard", told.overrides)
+        overrides, search = studies.jobs_of(told.sweep, told.overrides)
         places = compose(overrides).sweep.parallel_jobs
         studies.finish(search, told, places)
         more = repeats(search, overrides)
         studies.finish(more, told, places)
         facts = studies.meta(studies.command_line(told, "leaderboard"), [*search, *more])
-        studies.save(told.out, "leaderboard", {"meta": facts, **verdict(search, more)})
-    result = studies.load(told.out, "leaderboard")
+        studies.save(told.out, told.sweep, {"meta": facts, **verdict(search, more)})
+    result = studies.load(told.out, told.sweep)
     print(table(result))
-    picture(result).savefig(Path(told.out) / "leaderboard.png", dpi=110)
+    picture(result).savefig(Path(told.out) / f"{told.sweep}.png", dpi=110)
     return 0
 
 

@@ -88,7 +88,8 @@ def meta(command: str, jobs: Sequence[Job]) -> dict[str, Any]:
 
 def command_line(told: argparse.Namespace, name: str) -> str:
     """The command that makes a result file again."""
-    return " ".join([f"python -m geon.scripts.{name}", *told.overrides])
+    sweep = [f"--sweep {told.sweep}"] if hasattr(told, "sweep") else []
+    return " ".join([f"python -m geon.scripts.{name}", *sweep, *told.overrides])
 
 
 def save(out: Path, name: str, content: Mapping[str, Any]) -> Path:

@@ -14,6 +14,9 @@ class Manifold(ABC):
     constrains: ClassVar[bool] = True
     """False for the whole space: then a step needs no weight, only a gradient."""
 
+    flat: ClassVar[bool] = False
+    """True where every direction is tangent: the norm alone then gives the steepest one."""
+
     removes_decay: ClassVar[bool] = False
     """True where `retract` brings (1 - a) W back to W: there decoupled weight decay does nothing.
 

@@ -9,6 +9,7 @@ class Euclidean(Manifold):
     """The whole space: every rule on it is unconstrained."""
 
     constrains = False
+    flat = True
 
     def length(self, shape: tuple[int, ...]) -> float:
         """sqrt(d_out d_in), about the norm of the standard normal matrix that `init` draws."""

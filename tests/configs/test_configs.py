@@ -314,7 +314,7 @@ model.vocab_size=0 | model.softcap=-1 | model.softcap=nan | model.rope_base=-1
 optim.max_norm=-1 | optim.max_norm=nan | optim.lr=-1 | optim.lr=nan | optim.lr=inf
 optim.hidden.lr=-1 | optim.embedding.lr=nan
 optim.hidden.momentum=1 | optim.hidden.momentum=-0.1 | optim.hidden.momentum=nan
-optim.hidden.radius=0 | optim.hidden.weight_decay=0.1
+optim.hidden.radius=0 | optim=manifold_muon optim.hidden.weight_decay=0.1
 optim.hidden.norm=spectrall | optim.hidden.manifold=stiefle | optim.head.norm=sgn
 optim.head.manifold=stiefel | optim.hidden.spectral_scale=rsm
 optim.polar.coefficients=kellar | optim.polar.dtype=fp16 | optim.polar.steps=0
