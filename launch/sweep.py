@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _LOG_LINES = 12
 _POLL_SECONDS = 0.2
+_OF_SWEEP = re.compile(r"[+~]*sweep[.=]")
 _RESULT_DEPENDS_ON = ("seed", "model", "optim", "data", "schedule")
 
 
@@ -111,7 +112,9 @@ def make_job(sweep: "Config", overrides: Sequence[str], arm: str, point: Mapping
     settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
     name = job_name(f"{sweep.name}-{arm}" if arm else sweep.name, point)
     own = sweep.sweep.arms[arm].overrides if arm else []
-    arguments = [*sweep.sweep.overrides, *overrides, *own, *settings, f'name="{name}"']
+    # A job need not know of its siblings, and composes faster without them.
+    shared = [text for text in overrides if not _OF_SWEEP.match(text)]
+    arguments = [*sweep.sweep.overrides, *shared, *own, *settings, f'name="{name}"']
     try:
         config = compose(arguments)
     except UsageError as error:
