@@ -333,7 +333,7 @@ class SweepConfig:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Config key -> values; the jobs are the product, within each arm where there are arms."""
     arms: dict[str, Any] = field(default_factory=dict)
-    """Name -> ArmConfig: '+sweep.arms.lion={overrides: [optim=lion], grid: {optim.lr: [0.001]}}'.
+    """Name -> ArmConfig: "+sweep.arms.lion={overrides: ['optim=lion'], grid: {optim.lr: [0.001]}}".
     A null arm is left out."""
     parallel_jobs: int = 0
     """Jobs at a time; 0 takes as many as GPUs, or as CPU cores, have room for."""

@@ -171,3 +171,55 @@ def test_jobs_under_way_end_with_the_sweep(tmp_path):
     size = metrics.stat().st_size
     time.sleep(1.0)
     assert metrics.stat().st_size == size
+
+
+ARMS = (
+    "+sweep.arms={a: {overrides: ['optim=muon'], grid: {optim.lr: [0.1, 0.2]}}, "
+    "b: {overrides: ['optim=adamw', 'optim.hidden.weight_decay=0.5']}, gone: null}"
+)
+
+
+def test_arms_have_settings_and_values_of_their_own(tmp_path):
+    told = overrides(tmp_path, "{optim.lr:[0.01],seed:[0,1]}", ARMS, "schedule.steps=3")
+    jobs = jobs_of(told)
+    assert [(job.arm, job.point["optim.lr"], job.point["seed"]) for job in jobs] == [
+        *(("a", lr, seed) for lr in (0.1, 0.2) for seed in (0, 1)),
+        *(("b", 0.01, seed) for seed in (0, 1)),
+    ]
+    assert jobs[-1].name == "run-b-lr=0.01,seed=1"
+    first, last = (sweep.compose(job.arguments) for job in (jobs[0], jobs[-1]))
+    assert (first.optim.name, first.optim.lr, first.schedule.steps) == ("muon", 0.1, 3)
+    assert (last.optim.name, last.optim.hidden.weight_decay) == ("adamw", 0.5)
+    assert last.sweep.name == "none"
+
+
+def test_what_is_given_beside_a_sweep_wins_over_what_it_shares(tmp_path):
+    shared = "+sweep.overrides=['schedule.steps=7', 'optim=muon']"
+    (job,) = jobs_of(overrides(tmp_path, "{optim.lr:[0.01]}", shared, "schedule.steps=5"))[:1]
+    config = sweep.compose(job.arguments)
+    assert (config.schedule.steps, config.optim.name) == (5, "muon")
+
+
+def test_a_bad_arm_is_named(tmp_path):
+    bad = "+sweep.arms={a: {overrides: ['optim=mun']}}"
+    with pytest.raises(UsageError, match="arm a at .*'mun' is not an option of optim"):
+        jobs_of(overrides(tmp_path, "{optim.lr:[0.01]}", bad))
+    with pytest.raises(UsageError, match="sweep.arms.a.gird"):
+        jobs_of(overrides(tmp_path, "{optim.lr:[0.01]}", "+sweep.arms={a: {gird: {}}}"))
+
+
+@pytest.mark.parametrize("name", ["width_lr", "width_lr_gpu", "leaderboard", "recipe", "horizon"])
+def test_the_arms_of_every_study_compose(name, tmp_path):
+    config = sweep.compose([f"sweep={name}"])
+    for arm, settings in config.sweep.arms.items():
+        grid = {**config.sweep.grid, **settings.grid}
+        point = {key: values[-1] for key, values in grid.items()}
+        job = sweep.make_job(config, [f"output={tmp_path}"], arm, point)
+        assert job.folder.parent == tmp_path
+        assert len(grid["optim.lr"]) == len(set(grid["optim.lr"]))
+    if name == "leaderboard":
+        lengths = {
+            len({**config.sweep.grid, **settings.grid}["optim.lr"])
+            for settings in config.sweep.arms.values()
+        }
+        assert lengths == {5}, "every optimizer searches as many rates"

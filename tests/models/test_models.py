@@ -280,3 +280,57 @@ def test_tensor_ranks_attend_with_their_own_heads(arch):
     x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(2))
     rotary = rotary_table(8, 16, 10000.0, x.device) if arch == "gpt" else ()
     torch.testing.assert_close(branch(0) + branch(1), branch(None), atol=1e-5, rtol=1e-4)
+
+
+def test_gains_multiply_rows_and_columns_and_change_nothing_at_first():
+    plain, model = make("gpt"), make("gpt", gains=True)
+    shared = {n: p for n, p in model.named_parameters() if n.endswith("weight")}
+    plain.load_state_dict(shared)
+    x = tokens()
+    assert torch.equal(plain(x), model(x))
+    gains = [i for i in model.infos if i.role is Role.GAIN]
+    assert len(gains) == 2 * 6 * SMALL["n_layer"]
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for i, info in enumerate(gains):
+            params[info.name].copy_(1 + 0.3 * torch.randn(info.shape, generator=gen(i)))
+        for name, weight in plain.named_parameters():
+            at = name.removesuffix("weight")
+            if f"{at}rows" in params:
+                weight.copy_(params[f"{at}rows"].diag() @ shared[name] @ params[f"{at}cols"].diag())
+    assert torch.allclose(plain(x), model(x), atol=1e-5)
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_mup_changes_nothing_at_the_base_width_and_scales_by_role_beyond(arch):
+    standard, base = make(arch), make(arch, mup=True, base_width=64)
+    assert all(
+        torch.equal(a, b) for a, b in zip(standard.parameters(), base.parameters(), strict=True)
+    )
+    assert torch.equal(standard(tokens()), base(tokens()))
+    wide = make(arch, mup=True, base_width=16)
+    by_role = {info.role: wide.rate_scale(info) for info in wide.infos}
+    assert by_role.pop(Role.HIDDEN) == 0.25
+    assert set(by_role.values()) == {1.0}
+    x = wide.hidden(tokens())
+    weight = wide.head.weight if arch == "gpt" else wide.embed.weight
+    assert torch.allclose(wide.unembed(x), 0.25 * (x @ weight.mT), atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_the_draw_of_mup_keeps_the_head_and_shrinks_hidden_matrices_with_the_width(arch):
+    sizes = {}
+    for width in (64, 256):
+        model = make(arch, mup=True, base_width=64, d_model=width)
+        params = dict(model.named_parameters())
+        for role in (Role.HIDDEN, Role.HEAD, Role.TIED):
+            stds = [params[i.name].detach().std() for i in model.infos if i.role is role]
+            if stds:
+                sizes[role, width] = float(torch.stack(stds).mean())
+    for (role, width), size in sizes.items():
+        wanted = 0.5 if role is Role.HIDDEN and width == 256 else 1.0
+        assert size / sizes[role, 64] == pytest.approx(wanted, rel=0.05)
