@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint types format bench-solver bench-step bench-drift
-.PHONY: bench-sharding clean
+.PHONY: bench-sharding coord-check transfer leaderboard batch-sweep clean
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -22,6 +22,10 @@ setup: .venv/dev ## create .venv with everything that tests and lint need
 
 .venv/dev: .venv/run
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/baselines: .venv/run
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[baselines]'
 	@touch $@
 
 demo: .venv/run ## train a byte-level GPT on real text, about 3 minutes on 2 cores
@@ -56,6 +60,18 @@ bench-drift: .venv/run ## how far 10,000 noisy steps leave the manifold, about t
 
 bench-sharding: .venv/run ## bytes, collectives, seconds and exactness of sharded steps on 4 ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=4 scripts/bench_sharding.py $(BENCH)
+
+coord-check: .venv/run ## do activations keep their size over widths? under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.coord_check $(BENCH)
+
+transfer: .venv/run ## does a learning rate serve other widths? about an hour on 2 cores, resumable
+	$(BIN)/python -m geon.scripts.transfer $(BENCH)
+
+leaderboard: .venv/baselines ## 26 optimizers on the same tokens, under an hour on 2 cores, resumable
+	$(BIN)/python -m geon.scripts.leaderboard $(BENCH)
+
+batch-sweep: .venv/run ## the same tokens in batches of several sizes, resumable
+	$(BIN)/python -m geon.scripts.compare batch --along data.batch_tokens $(BENCH)
 
 clean: ## remove caches, keep .venv and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typing build dist *.egg-info

@@ -71,6 +71,8 @@ class RuleConfig:
     radius: float = 1.0
     second_moment: float = 0.0
     """NorMuon: fraction kept of the mean square of each row of the direction; 0 does nothing."""
+    even_rows: bool = False
+    """Give the rows of the direction one length: NorMuon without its state."""
     spectral_scale: str = "rms"
     """Factor on the polar factor: rms sqrt(d_out/d_in), muon sqrt(max(1, d_out/d_in)), none."""
     per_head: bool = False

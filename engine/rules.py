@@ -37,6 +37,7 @@ def make_rule(
             decay=config.weight_decay,
             ladder=ladder,
             second_moment=config.second_moment,
+            even_rows=config.even_rows,
         )
     except ValueError as error:
         raise UsageError(f"{key}: {error}" if key not in str(error) else str(error)) from None

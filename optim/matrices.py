@@ -91,7 +91,7 @@ def sums_of(rule: Rule, shape: tuple[int, int]) -> Sums | None:
     if isinstance(rule.norm, RowWise) and not rule.manifold.constrains:
         return Sums(Transport.NORMS, down=2, up=1, owner_flops=0, shared_flops=rule.flops(shape))
     form, short = rule.gram_form(shape), min(shape)
-    if form is None:
+    if form is None or rule.even_rows:  # lengths of rows are not among the sums
         return None
     return Sums(
         Transport.GRAM,

@@ -37,6 +37,8 @@ class Rule:
         ladder: which solver, for the spectral norm on Stiefel.
         second_moment: fraction kept of a running mean square of each row of the direction, by whose
             root the rows are divided (Z. Li et al., NorMuon, arXiv 2510.05491); 0 does nothing.
+        even_rows: give all rows of the direction one length, without any state: what second_moment
+            does when it keeps nothing.
     """
 
     norm: Norm
@@ -47,6 +49,7 @@ class Rule:
     decay: float = 0.0
     ladder: Ladder = field(default_factory=Ladder)
     second_moment: float = 0.0
+    even_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.decay and self.manifold.removes_decay:
@@ -58,11 +61,18 @@ class Rule:
         for name, kept in (("momentum", self.momentum), ("second_moment", self.second_moment)):
             if not 0.0 <= kept < 1.0:
                 raise UsageError(f"{name} {kept} is the fraction kept: it must be in [0, 1)")
-        if self.second_moment and not (self.manifold.flat and self.orthogonalizes):
+        if self.second_moment and not self._free_polar:
             raise UsageError(
                 f"second_moment {self.second_moment} divides the rows of a polar factor: it needs "
                 "norm=spectral and manifold=euclidean or spectral_ball, not "
                 f"{type(self.norm).__name__} x {type(self.manifold).__name__}"
+            )
+        if self.even_rows and (self.second_moment or not self._free_polar):
+            raise UsageError(
+                "even_rows gives the rows of a polar factor one length: it needs norm=spectral, "
+                "manifold=euclidean or spectral_ball, and second_moment 0, not "
+                f"{type(self.norm).__name__} x {type(self.manifold).__name__} with second_moment "
+                f"{self.second_moment}"
             )
         object.__setattr__(self, "_solver", steepest(self.norm, self.manifold, self.ladder))
 
@@ -71,6 +81,11 @@ class Rule:
         """Steepest descent for this norm and manifold."""
         solver: Solver = self._solver  # type: ignore[attr-defined]
         return solver
+
+    @property
+    def _free_polar(self) -> bool:
+        """Whether directions are polar factors that no tangent space bends."""
+        return self.manifold.flat and self.orthogonalizes
 
     @property
     def needs_weight(self) -> bool:
@@ -151,6 +166,15 @@ class Rule:
         size = divided.norm()
         return divided * (direction.norm() / size.clamp_min(1e-30))
 
+    def level_rows(self, direction: Tensor) -> Tensor:
+        """Directions (..., d_out, d_in) whose rows have one length, and ||D||_F as before.
+
+        A row that is zero stays zero.
+        """
+        lengths = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+        mean = lengths.square().mean(dim=-2, keepdim=True).sqrt()
+        return direction * (mean / lengths).where(lengths > 0, torch.zeros_like(lengths))
+
     def flops(self, shape: tuple[int, int]) -> int:
         """FLOPs of a direction and, on Stiefel, of one step of the retraction."""
         return self.solver.flops(shape) + self.manifold.flops(shape)
@@ -162,6 +186,8 @@ class Rule:
         parts.append(f"radius {getattr(self.manifold, 'radius', self.radius):g}")
         if self.decay:
             parts.append(f"decay {self.decay:g}")
+        if self.even_rows:
+            parts.append("even rows")
         if self.second_moment:
             parts.append(f"second moment {self.second_moment:g}")
         if self.solver.name:

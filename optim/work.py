@@ -76,11 +76,13 @@ class MatrixWork:
         return _rescaled(weight, unit, moved, scale)
 
     def _divided(self, jobs: Sequence[Job], directions: Tensor) -> Tensor:
-        """Directions with their rows divided, where the rule has a second moment."""
+        """Directions with their rows divided, where the rule does that."""
         matrix = jobs[0].matrix
+        rule = self.rules[matrix.rule]
+        if rule.even_rows:
+            return rule.level_rows(directions)
         if not matrix.row_state or self.lrs[matrix.rule] == 0.0:
             return directions
-        rule = self.rules[matrix.rule]
         pairs = zip(jobs, directions.unbind(), strict=True)
         return torch.stack(
             [rule.divide_rows(one, self.row_state(job.matrix)) for job, one in pairs]
