@@ -413,3 +413,42 @@ def test_rows_are_even_on_the_ball_as_they_are_without_it():
     assert torch.allclose(found[0], found[1], atol=1e-5)
     assert float(tight.manifold.residual(found[2])) <= 1e-5
     assert not torch.allclose(found[0], found[2], atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (8, 16), (3, 16, 8)])
+def test_even_rows_have_one_length_and_keep_the_size(shape):
+    rule = Rule(Spectral(), even_rows=True)
+    direction = gauss(shape, 1)
+    direction[..., 2, :] = 0
+    level = rule.level_rows(direction)
+    lengths = level.norm(dim=-1)
+    others = [i for i in range(shape[-2]) if i != 2]
+    assert torch.equal(level[..., 2, :], torch.zeros_like(level[..., 2, :]))
+    wanted = direction.square().sum((-2, -1)).div(shape[-2]).sqrt()
+    assert torch.allclose(lengths[..., others], wanted[..., None].expand_as(lengths[..., others]))
+    cosines = (level * direction).sum(-1) / (lengths * direction.norm(dim=-1))
+    assert torch.allclose(cosines[..., others], torch.ones_like(cosines[..., others]))
+
+
+def test_even_rows_are_a_second_moment_that_keeps_nothing():
+    found = []
+    for options in ({"even_rows": True}, {"second_moment": 1e-7}):
+        param = nn.Parameter(gauss((16, 8), 1))
+        rule = Rule(Spectral(), momentum=0.9, **options)
+        optimizer = HybridOptimizer(
+            [Group("g", rule, 0.1, [(ParamInfo("w", (16, 8), Role.HIDDEN), param)])]
+        )
+        for step in range(4):
+            param.grad = gauss((16, 8), step + 2)
+            optimizer.step()
+        found.append((param.detach(), optimizer.state_bytes()))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    assert [size for _, size in found] == [4 * 128, 4 * 128 + 4 * 16]
+
+
+@pytest.mark.parametrize(
+    "options", [{"manifold": Stiefel()}, {"second_moment": 0.9}, {"norm": Sign()}]
+)
+def test_even_rows_are_refused_where_directions_are_not_polar_factors(options):
+    with pytest.raises(UsageError, match="even_rows gives the rows of a polar factor one length"):
+        Rule(**{"norm": Spectral(), "even_rows": True, **options})

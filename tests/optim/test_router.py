@@ -123,3 +123,9 @@ def test_hugging_face_gpt2_wte_is_not_a_hidden_matrix():
     with pytest.raises(UsageError, match="c_attn"):  # fused, stored transposed: not guessed
         classify(model)
     assert classify(model.transformer.wte)[0].role == Role.EMBEDDING
+
+
+def test_an_optional_pattern_may_take_nothing():
+    infos = [ParamInfo("a.weight", (4, 4), Role.HIDDEN)]
+    routes = [Route("q", pattern="*.q.*", optional=True), Route("rest", frozenset({Role.HIDDEN}))]
+    assert route(infos, routes) == {"a.weight": "rest"}
