@@ -62,7 +62,7 @@ def test_the_folder_holds_what_is_promised(folder):
 def test_the_log_tells_loss_rate_share_and_geometry(folder):
     row = metrics(folder, "train")[-1]
     assert row["step"] == 20
-    assert row["matrices_orthogonalized"] == 12
+    assert row["matrices_orthogonalized"] == 16
     assert 0 < row["optimizer_share"] < 1
     assert row["tokens_per_second"] > 0
     assert [r["step"] for r in metrics(folder, "eval")] == [10, 20]
