@@ -20,7 +20,7 @@ from geon.launch.compose import compose
 
 MODELS, RANKS = ("124m", "3b"), (8, 64, 1024)
 VOCAB = ["data.vocab_size=50304", "model.vocab_size=50304"]
-OPTIMIZERS, OBJECTIVES = ("muon", "hybrid"), ("time", "bytes")
+OPTIMIZERS, OBJECTIVES = ("muon", "manifold_muon"), ("time", "bytes")
 COLOURS = {"auto": "#111827", "owner": "#2563eb", "gram": "#d97706", "allgather": "#059669"}
 
 

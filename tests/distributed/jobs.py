@@ -26,6 +26,17 @@ TINY = [
     "device=cpu",
 ]
 
+STIEFEL = [
+    "optim=hybrid",
+    "optim.overrides.qk=null",
+    "optim.hidden.manifold=stiefel",
+    "optim.hidden.radius=2",
+    "optim.hidden.lr_scale=0.5",
+    "optim.hidden.even_rows=false",
+    "optim.hidden.weight_decay=0",
+]
+"""Manifold Muon for every hidden matrix, beside the hybrid's embedding and head."""
+
 
 def train(output: Path, name: str, ranks: int, *arguments: str, ok: bool = True):
     """Run a job; returns its run folder, or the completed process when `ok` is false."""

@@ -7,7 +7,7 @@ from geon.engine import checkpoint
 from geon.engine.geometry import PAIRS
 from geon.optim.manifolds import Stiefel
 from geon.scripts import generate, merge
-from tests.distributed.jobs import metrics, train, weights
+from tests.distributed.jobs import STIEFEL, metrics, train, weights
 
 pytestmark = pytest.mark.dist
 
@@ -23,6 +23,7 @@ def folder(request, tmp_path_factory):
         *options,
         "logger.geometry_every=10",
         "optim.record_pairs=[1,20]",
+        *STIEFEL,
         "checkpoint.every=5",
         "checkpoint.keep=4",
         "logger.every=5",

@@ -10,7 +10,7 @@ import yaml
 
 from geon.launch import local
 from geon.scripts import first_run_report, generate, plot
-from tests.distributed.jobs import TINY, metrics, report, train, weights
+from tests.distributed.jobs import STIEFEL, TINY, metrics, report, train, weights
 
 pytestmark = pytest.mark.dist
 
@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
         "eval.every=10",
         "eval.sample_tokens=30",
         "logger.spectrum_every=5",
+        *STIEFEL,
         "logger=tensorboard",
     )
 
@@ -62,7 +63,7 @@ def test_the_folder_holds_what_is_promised(folder):
 def test_the_log_tells_loss_rate_share_and_geometry(folder):
     row = metrics(folder, "train")[-1]
     assert row["step"] == 20
-    assert row["matrices_orthogonalized"] == 16
+    assert row["matrices_orthogonalized"] == 12
     assert 0 < row["optimizer_share"] < 1
     assert row["tokens_per_second"] > 0
     assert [r["step"] for r in metrics(folder, "eval")] == [10, 20]
@@ -185,8 +186,8 @@ def test_the_budget_ends_a_slow_run_annealed(tmp_path):
 REFUSED = [
     (["data=text", "data.path=/does/not/exist"], "data.path '/does/not/exist' does not exist"),
     (["data.batch_tokens=2000"], "nearest that divides is"),
-    (["model.zero_init_proj=true"], "model.zero_init_proj=false"),
-    (["optim.hidden.weight_decay=0.1"], "set weight_decay to 0"),
+    (["optim=manifold_muon", "model.zero_init_proj=true"], "model.zero_init_proj=false"),
+    (["optim=manifold_muon", "optim.hidden.weight_decay=0.1"], "set weight_decay to 0"),
     (["optim.hidden.manifold=stifel"], "Did you mean 'stiefel'?"),
     (["checkpoint.resume=/does/not/exist"], "holds no committed checkpoint"),
     (["data.tokens=100"], "do not fill one window of model.context 64"),
