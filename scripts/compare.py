@@ -1,13 +1,13 @@
 """Arms of a sweep at their best rates, along one key of its grid: batch size, length, or none.
 
 python -m geon.scripts.compare batch --along data.batch_tokens
-python -m geon.scripts.compare horizon --along schedule.steps
-python -m geon.scripts.compare recipe
+python -m geon.scripts.compare first_run
 
 Runs what has not finished, takes for each arm and value the rate of the least mean loss over seeds,
 and writes results/<sweep>.json and <sweep>.png.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -102,20 +102,21 @@ def picture(result: Mapping[str, Any], along: str) -> Figure:
 def run(arguments: Sequence[str]) -> int:
     """Run the sweep and write what it says."""
     parser = studies.parser(__doc__, "compare")
-    parser.add_argument("--along", default="", help="key of the grid to compare along")
+    parser.add_argument(
+        "--along", default=argparse.SUPPRESS, help="key of the grid to compare along"
+    )
     parser.add_argument("--draw", action="store_true", help="only draw, from the result file")
     told = parser.parse_intermixed_args(arguments)
     sweep, *told.overrides = told.overrides or ["none"]
+    along = getattr(told, "along", "")
     if not told.draw:
         overrides, jobs = studies.jobs_of(sweep, told.overrides)
         studies.finish(jobs, told, compose(overrides).sweep.parallel_jobs)
-        along = [f"--along {told.along}"] if told.along else []
-        command = " ".join(["python -m geon.scripts.compare", sweep, *along, *told.overrides])
-        facts = studies.meta(command, jobs)
-        studies.save(told.out, sweep, {"meta": facts, **verdict(jobs, told.along)})
+        facts = studies.meta(studies.command_line(told, f"compare {sweep}"), jobs)
+        studies.save(told.out, sweep, {"meta": facts, **verdict(jobs, along)})
     result = studies.load(told.out, sweep)
     print(table(result))
-    picture(result, told.along).savefig(Path(told.out) / f"{sweep}.png", dpi=110)
+    picture(result, along).savefig(Path(told.out) / f"{sweep}.png", dpi=110)
     return 0
 
 

@@ -87,9 +87,10 @@ def meta(command: str, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def command_line(told: argparse.Namespace, name: str) -> str:
-    """The command that makes a result file again."""
-    sweep = [f"--sweep {told.sweep}"] if hasattr(told, "sweep") else []
-    return " ".join([f"python -m geon.scripts.{name}", *sweep, *told.overrides])
+    """The command that makes a result file again, wherever the runs lie."""
+    words = [f"--{key} {getattr(told, key)}" for key in ("sweep", "along") if hasattr(told, key)]
+    settings = [text for text in told.overrides if not text.startswith("output=")]
+    return " ".join([f"python -m geon.scripts.{name}", *words, *settings])
 
 
 def save(out: Path, name: str, content: Mapping[str, Any]) -> Path:
