@@ -67,7 +67,7 @@ coord-check: .venv/run ## do activations keep their size over widths? under a mi
 transfer: .venv/run ## does a learning rate serve other widths? about an hour on 2 cores, resumable
 	$(BIN)/python -m geon.scripts.transfer $(BENCH)
 
-leaderboard: .venv/baselines ## 26 optimizers on the same tokens, under an hour on 2 cores, resumable
+leaderboard: .venv/baselines ## 25 optimizers on the same tokens, under an hour on 2 cores, resumable
 	$(BIN)/python -m geon.scripts.leaderboard $(BENCH)
 
 batch-sweep: .venv/run ## the same tokens in batches of several sizes, resumable

@@ -11,12 +11,10 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from geon.launch.compose import compose
 from geon.launch.leave import guard
 from geon.launch.sweep import Job
 from geon.scripts import studies
@@ -52,9 +50,8 @@ def _best(curve: Mapping[float, Mapping[int, float]]) -> dict[str, Any]:
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(arms: Mapping[str, Any]) -> str:
     """Markdown: a row an arm, a column a value."""
-    arms = {arm: found for arm, found in result.items() if arm != "meta"}
     values = list(dict.fromkeys(value for found in arms.values() for value in found))
     head = " | ".join(value or "loss, nats/byte" for value in values)
     lines = [f"| | {head} |", "|---" * (1 + len(values)) + "|"]
@@ -71,9 +68,8 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "\\* best rate at the edge of the grid"])
 
 
-def picture(result: Mapping[str, Any], along: str) -> Figure:
+def picture(arms: Mapping[str, Any], along: str) -> Figure:
     """Loss along the key, an arm a curve; bars without a key."""
-    arms = {arm: found for arm, found in result.items() if arm != "meta"}
     if not along:
         figure = Figure(figsize=(8, 0.26 * len(arms) + 1), layout="constrained")
         axis = figure.subplots()
@@ -105,18 +101,15 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--along", default=argparse.SUPPRESS, help="key of the grid to compare along"
     )
-    parser.add_argument("--draw", action="store_true", help="only draw, from the result file")
     told = parser.parse_intermixed_args(arguments)
     sweep, *told.overrides = told.overrides or ["none"]
     along = getattr(told, "along", "")
     if not told.draw:
-        overrides, jobs = studies.jobs_of(sweep, told.overrides)
-        studies.finish(jobs, told, compose(overrides).sweep.parallel_jobs)
+        config, _, jobs = studies.jobs_of(sweep, told.overrides)
+        studies.finish(jobs, told, config)
         facts = studies.meta(studies.command_line(told, f"compare {sweep}"), jobs)
         studies.save(told.out, sweep, {"meta": facts, **verdict(jobs, along)})
-    result = studies.load(told.out, sweep)
-    print(table(result))
-    picture(result, along).savefig(Path(told.out) / f"{sweep}.png", dpi=110)
+    studies.show(told.out, sweep, table, lambda arms: picture(arms, along))
     return 0
 
 

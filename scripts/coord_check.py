@@ -174,7 +174,7 @@ def control_fails(result: Mapping[str, Any]) -> bool:
 
 def picture(result: Mapping[str, Any]) -> Figure:
     """RMS against width after the last update, and of the last change; a curve an activation."""
-    arms = [name for name in result if name not in ("meta", "verdict")]
+    arms = list(result)
     figure = Figure(figsize=(2.6 * len(arms), 5.2), layout="constrained")
     axes = figure.subplots(2, len(arms), squeeze=False, sharey="row")
     for column, arm in enumerate(arms):
@@ -198,12 +198,11 @@ def table(result: Mapping[str, Any]) -> str:
     head = " ".join(f"{name:>15}" for name in ACTIVATIONS)
     lines = [f"{'size/change':<14} {head}"]
     for arm, found in result.items():
-        if arm not in ("meta", "verdict"):
-            cells = (
-                f"{found[name]['slope']:+.2f}/{found[name]['change_slope']:+.2f}"
-                for name in ACTIVATIONS
-            )
-            lines.append(f"{arm:<14} " + " ".join(f"{cell:>15}" for cell in cells))
+        cells = (
+            f"{found[name]['slope']:+.2f}/{found[name]['change_slope']:+.2f}"
+            for name in ACTIVATIONS
+        )
+        lines.append(f"{arm:<14} " + " ".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -231,11 +230,10 @@ def run(arguments: Sequence[str]) -> int:
         facts |= {"widths": told.widths, "seeds": told.seeds, "updates": told.updates}
         facts["seconds"] = round(time.perf_counter() - started, 1)
         studies.save(told.out, "coord_check", {"meta": facts, "verdict": required, **found})
-    result = studies.load(told.out, "coord_check")
-    print(table(result))
-    print(", ".join(f"{name}: {'yes' if ok else 'NO'}" for name, ok in result["verdict"].items()))
-    picture(result).savefig(told.out / "coord_check.png", dpi=110)
-    return 0 if all(result["verdict"].values()) else 1
+    verdict = studies.load(told.out, "coord_check").pop("verdict")
+    studies.show(told.out, "coord_check", table, picture)
+    print(", ".join(f"{name}: {'yes' if ok else 'NO'}" for name, ok in verdict.items()))
+    return 0 if all(verdict.values()) else 1
 
 
 def main(arguments: Sequence[str]) -> int:

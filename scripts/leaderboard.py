@@ -8,14 +8,13 @@ results/<sweep>.json and <sweep>.png.
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from geon.configs.schema import Config
 from geon.engine.runfolder import read_metrics
-from geon.launch.compose import compose
 from geon.launch.leave import guard
 from geon.launch.sweep import Job, make_job
 from geon.scripts import studies
@@ -39,9 +38,8 @@ def best(search: Sequence[Job]) -> Job | None:
     return search[min(done)[1]] if done else None
 
 
-def repeats(search: Sequence[Job], overrides: Sequence[str]) -> list[Job]:
+def repeats(search: Sequence[Job], config: Config, overrides: Sequence[str]) -> list[Job]:
     """Jobs of the best rate of each arm with more seeds."""
-    config = compose(overrides)
     return [
         make_job(config, overrides, arm, {**chosen.point, "seed": seed})
         for arm, jobs in by_arm(search).items()
@@ -120,9 +118,8 @@ def verdict(search: Sequence[Job], more: Sequence[Job]) -> dict[str, Any]:
     return dict(sorted(rows.items(), key=lambda item: item[1]["loss"]))
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(rows: Mapping[str, Any]) -> str:
     """The leaderboard as markdown."""
-    rows = {arm: found for arm, found in result.items() if arm != "meta"}
     adamw = rows.get("adamw", {}).get("tokens")
     lines = [
         "| optimizer | loss, nats/byte | tokens to AdamW's | state, B/param | of step time | lr |",
@@ -140,9 +137,8 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(result: Mapping[str, Any]) -> Figure:
+def picture(rows: Mapping[str, Any]) -> Figure:
     """Final losses as bars, and the curves of the best ones beside AdamW's."""
-    rows = {arm: found for arm, found in result.items() if arm != "meta"}
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     bars, curves = figure.subplots(1, 2)
     names = list(rows)[::-1]
@@ -170,19 +166,15 @@ def run(arguments: Sequence[str]) -> int:
     """Search, repeat, and write the table."""
     parser = studies.parser(__doc__, "leaderboard")
     parser.add_argument("--sweep", default="leaderboard", help="a sweep with arms, e.g. recipe")
-    parser.add_argument("--draw", action="store_true", help="only draw, from the result file")
     told = parser.parse_intermixed_args(arguments)
     if not told.draw:
-        overrides, search = studies.jobs_of(told.sweep, told.overrides)
-        places = compose(overrides).sweep.parallel_jobs
-        studies.finish(search, told, places)
-        more = repeats(search, overrides)
-        studies.finish(more, told, places)
+        config, overrides, search = studies.jobs_of(told.sweep, told.overrides)
+        studies.finish(search, told, config)
+        more = repeats(search, config, overrides)
+        studies.finish(more, told, config)
         facts = studies.meta(studies.command_line(told, "leaderboard"), [*search, *more])
         studies.save(told.out, told.sweep, {"meta": facts, **verdict(search, more)})
-    result = studies.load(told.out, told.sweep)
-    print(table(result))
-    picture(result).savefig(Path(told.out) / f"{told.sweep}.png", dpi=110)
+    studies.show(told.out, told.sweep, table, picture)
     return 0
 
 

@@ -6,13 +6,15 @@ import platform
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
+from geon.configs.schema import Config
 from geon.engine.callbacks import write_json
 from geon.launch.compose import compose
 from geon.launch.sweep import Job, expand, run_jobs
@@ -28,16 +30,18 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("docs"), help="pictures; JSON in results/")
     made.add_argument("--dry-run", action="store_true", help="list the jobs, run none")
     made.add_argument("--read", action="store_true", help="run nothing, read what has finished")
+    made.add_argument("--draw", action="store_true", help="only draw, from the result file")
     return made
 
 
-def jobs_of(sweep: str, overrides: Sequence[str]) -> tuple[list[str], list[Job]]:
-    """A sweep's overrides and its jobs, all checked."""
+def jobs_of(sweep: str, overrides: Sequence[str]) -> tuple[Config, list[str], list[Job]]:
+    """A sweep's config, the overrides that made it, and its jobs, all checked."""
     told = [f"sweep={sweep}", *overrides]
-    return told, expand(compose(told), told)
+    config = compose(told)
+    return config, told, expand(config, told)
 
 
-def finish(jobs: Sequence[Job], told: argparse.Namespace, places: int) -> None:
+def finish(jobs: Sequence[Job], told: argparse.Namespace, config: Config) -> None:
     """Run the jobs that have not finished; a job that fails (diverges) leaves a gap."""
     left = [job for job in jobs if job.report is None]
     if told.dry_run:
@@ -46,7 +50,7 @@ def finish(jobs: Sequence[Job], told: argparse.Namespace, places: int) -> None:
         print(f"{len(left)} of {len(jobs)} jobs to run")
         sys.exit(0)
     if left and not told.read:
-        run_jobs(left, places)
+        run_jobs(left, config.sweep.parallel_jobs)
 
 
 def loss_of(report: Mapping[str, Any]) -> float:
@@ -106,3 +110,16 @@ def load(out: Path, name: str) -> dict[str, Any]:
     """Read a result file."""
     content: dict[str, Any] = json.loads((out / "results" / f"{name}.json").read_text())
     return content
+
+
+def show(
+    out: Path,
+    name: str,
+    table: Callable[[Mapping[str, Any]], str],
+    picture: Callable[[Mapping[str, Any]], Figure],
+) -> None:
+    """Print the table of a result file's arms, and draw its picture as <out>/<name>.png."""
+    content = load(out, name)
+    arms = {arm: found for arm, found in content.items() if arm not in ("meta", "verdict")}
+    print(table(arms))
+    picture(arms).savefig(out / f"{name}.png", dpi=110)

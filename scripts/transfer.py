@@ -8,13 +8,11 @@ Writes results/transfer.json and transfer.png.
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from geon.launch.compose import compose
 from geon.launch.leave import guard
 from geon.scripts import studies
 
@@ -90,7 +88,7 @@ def verdict(widths: Mapping[int, Curve]) -> dict[str, Any]:
 
 def picture(result: Mapping[str, Any]) -> Figure:
     """Loss against log2 lr, a curve a width, a panel an optimizer."""
-    arms = [name for name in result if name != "meta"]
+    arms = list(result)
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.9 * rows), layout="constrained")
@@ -121,15 +119,14 @@ def table(result: Mapping[str, Any]) -> str:
     """One line an optimizer."""
     lines = [f"{'optimizer':<16} {'lr* by width':<42} {'octaves':>7} {'slope':>6} {'regret':>15}"]
     for arm, found in result.items():
-        if arm != "meta":
-            star = " ".join(
-                f"{lr:.4g}{'' if found['lr_inside_grid'][w] else '(edge)'}"
-                for w, lr in found["lr_star"].items()
-            )
-            lines.append(
-                f"{arm:<16} {star:<42} {found['spread_octaves']:>7.2f} {found['slope']:>6.2f} "
-                f"{found['regret']:>7.4f} +-{found['regret_sem']:.4f}"
-            )
+        star = " ".join(
+            f"{lr:.4g}{'' if found['lr_inside_grid'][w] else '(edge)'}"
+            for w, lr in found["lr_star"].items()
+        )
+        lines.append(
+            f"{arm:<16} {star:<42} {found['spread_octaves']:>7.2f} {found['slope']:>6.2f} "
+            f"{found['regret']:>7.4f} +-{found['regret_sem']:.4f}"
+        )
     return "\n".join(lines)
 
 
@@ -137,12 +134,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run the sweep and write its verdict."""
     parser = studies.parser(__doc__, "transfer")
     parser.add_argument("--sweep", default="width_lr", help="width_lr, or width_lr_gpu")
-    parser.add_argument("--draw", action="store_true", help="only draw, from the result file")
     told = parser.parse_intermixed_args(arguments)
     name = told.sweep.replace("width_lr", "transfer")
     if not told.draw:
-        overrides, jobs = studies.jobs_of(told.sweep, told.overrides)
-        studies.finish(jobs, told, compose(overrides).sweep.parallel_jobs)
+        config, _, jobs = studies.jobs_of(told.sweep, told.overrides)
+        studies.finish(jobs, told, config)
         found = studies.losses(jobs, ("model.d_model", "optim.lr"))
         result: dict[str, Any] = {
             "meta": studies.meta(studies.command_line(told, "transfer"), jobs)
@@ -153,9 +149,7 @@ def run(arguments: Sequence[str]) -> int:
                 widths.setdefault(width, {})[lr] = by_seed
             result[arm] = verdict(widths)
         studies.save(told.out, name, result)
-    result = studies.load(told.out, name)
-    print(table(result))
-    picture(result).savefig(Path(told.out) / f"{name}.png", dpi=110)
+    studies.show(told.out, name, table, picture)
     return 0
 
 
