@@ -1,5 +1,6 @@
 """The end of a run: sample, pictures, report.json and the table that is printed."""
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from geon.engine.callbacks import Evaluator, write_json
 from geon.engine.evaluate import val_text, val_windows
-from geon.engine.metrics import yardsticks
+from geon.engine.metrics import hardware, yardsticks
 from geon.engine.runfolder import REPORT, read_metrics
 from geon.engine.sample import sample
 from geon.engine.trainer import Callback, Trainer
@@ -80,7 +81,9 @@ class Report(Callback):
             "optimizer_state_bytes": run.optimizer.state_bytes(),
             "matrices_orthogonalized_per_step": run.optimizer.plan.orthogonalized,
             "data": run.corpus.facts,
+            "hardware": hardware(run.parallel.device.type),
             "torch": torch.__version__,
+            "python": platform.python_version(),
             "folder": str(trainer.folder),
         }
 

@@ -27,12 +27,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from geon.engine.metrics import hardware
 from geon.errors import UsageError
 from geon.launch.leave import guard, leave
 from geon.optim import Group, HybridOptimizer, ParamInfo, Polar, Precision, Rule, Spectral, Stiefel
 from geon.optim.shard import Plan, Wishes
 from geon.scripts.bench_layouts import CONFIGS, LR, Bench, counted, draw, make_model
-from geon.scripts.bench_solver import check_output, hardware
+from geon.scripts.bench_solver import check_output
 
 TRANSPORTS = ("auto", "owner", "gram", "allgather")
 STEPS, ACCUMULATION = 10, 2

@@ -11,7 +11,6 @@ the closed form on every rung. Without options: random cases, about five minutes
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 
+from geon.engine.metrics import hardware
 from geon.errors import UsageError
 from geon.optim.polar import minimax
 from geon.optim.solvers import lgm
@@ -174,17 +174,6 @@ def render_own(rows: Sequence[tuple[str, Row]]) -> str:
                         for name in ("published(own)", "lgm"))  # fmt: skip
         lines.append(f"  {shape:<12} {theirs:.3g} / {ours:.3g} = {theirs / ours:.0f}")
     return "\n".join(lines)
-
-
-def hardware(device: str) -> str:
-    """Name of the processor, and how much of it is used; no name of the machine."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    name = next(names, platform.processor() or platform.machine())
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def facts(device: str) -> Row:

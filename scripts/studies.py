@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 from geon.configs.schema import Config
 from geon.engine.callbacks import write_json
+from geon.engine.metrics import hardware
 from geon.launch.compose import compose
 from geon.launch.sweep import Job, expand, run_jobs
-from geon.scripts.bench_solver import hardware, pick_device
+from geon.scripts.bench_solver import pick_device
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 
@@ -42,8 +43,12 @@ def jobs_of(sweep: str, overrides: Sequence[str]) -> tuple[Config, list[str], li
 
 
 def finish(jobs: Sequence[Job], told: argparse.Namespace, config: Config) -> None:
-    """Run the jobs that have not finished; a job that fails (diverges) leaves a gap."""
+    """Run the jobs that have not finished, a seed at a time, so that a study cut short is whole.
+
+    A job that fails (diverges) leaves a gap.
+    """
     left = [job for job in jobs if job.report is None]
+    left.sort(key=lambda job: job.point.get("seed", 0))
     if told.dry_run:
         for job in jobs:
             print("to run   " if job in left else "finished ", job.name)
@@ -77,16 +82,23 @@ def mean_sem(values: Sequence[float]) -> tuple[float, float]:
 
 
 def meta(command: str, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Where a result file comes from."""
-    seconds = sum(job.report["train_seconds"] for job in jobs if job.report is not None)
+    """Where a result file comes from: the machines and versions are those of its runs."""
+    reports = [report for job in jobs if (report := job.report) is not None]
+
+    def of_runs(key: str, here: str) -> str:
+        return ", ".join(sorted({report.get(key, here) for report in reports})) or here
+
     return {
         "command": command,
-        "hardware": hardware(pick_device("auto")),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "hardware": of_runs("hardware", hardware(pick_device("auto"))),
+        "versions": {
+            "torch": of_runs("torch", torch.__version__),
+            "python": of_runs("python", platform.python_version()),
+        },
         "date": date.today().isoformat(),
         "jobs": len(jobs),
-        "finished": sum(job.report is not None for job in jobs),
-        "train_seconds": round(seconds, 1),
+        "finished": len(reports),
+        "train_seconds": round(sum(report["train_seconds"] for report in reports), 1),
     }
 
 
