@@ -63,13 +63,16 @@ class SpectralBall(_Spectral):
         Matrices whose Schatten-16 norm is within the bound are left alone: most of the time that is
         all of them. To ask makes a GPU's queue run dry, which costs less than twenty polar steps.
         """
-        bound = self.bound(weight.shape)
-        over = ~(schatten_16(weight / bound) <= _CERTAINLY_INSIDE)
+        over = self._may_be_outside(weight)
         if not over.any():
             return weight
         moved = weight.clone()
-        moved[over] = hard_cap(weight[over], bound)
+        moved[over] = hard_cap(weight[over], self.bound(weight.shape))
         return moved
+
+    def _may_be_outside(self, weight: Tensor) -> Tensor:
+        """Whether each matrix of a batch is not certain to be inside; NaN and infinity are not."""
+        return ~(schatten_16(weight / self.bound(weight.shape)) <= _CERTAINLY_INSIDE)
 
     def residual(self, weight: Tensor) -> Tensor:
         """How far ||W||_2 is above the bound, relative to it. Cost: one SVD."""
@@ -86,7 +89,9 @@ class SpectralBall(_Spectral):
         return Stiefel(self.radius).random_point(shape, generator)
 
     def project(self, weight: Tensor) -> Tensor:
-        """Clip the singular values, by SVD in float64."""
+        """Clip the singular values, by SVD in float64 where one may be above the bound."""
+        if not self._may_be_outside(weight).any():
+            return weight
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         clipped = s.clamp(max=self.bound(weight.shape))
         return ((u * clipped.unsqueeze(-2)) @ vh).to(weight.dtype)
