@@ -12,6 +12,7 @@ from geon.optim.manifolds.sphere import refuse_zero_vectors
 from geon.optim.manifolds.stiefel import Stiefel, orient, orient_like, sym
 from geon.optim.polar.iterate import polar as polar_iterate
 from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.polar.precision import Precision
 
 PolarFactor = Callable[[Tensor], Tensor]
 """A batch (..., d_out, d_in) -> its polar factors; zero in, zero out."""
@@ -19,7 +20,7 @@ PolarFactor = Callable[[Tensor], Tensor]
 # 2^8 power iterations: see `top_pair`.
 _DOUBLINGS = 8
 
-# Schatten-16 norms are off by up to 3e-3 where products are in bf16.
+# Schatten-64 norms are off by up to 3e-3 where products are in bf16.
 _CERTAINLY_INSIDE = 0.99
 
 
@@ -60,7 +61,7 @@ class SpectralBall(_Spectral):
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
         """Cap the singular values at the bound by two polar factors; others stay as they are.
 
-        Matrices whose Schatten-16 norm is within the bound are left alone: most of the time that is
+        Matrices whose Schatten-64 norm is within the bound are left alone: most of the time that is
         all of them. To ask makes a GPU's queue run dry, which costs less than twenty polar steps.
         """
         over = self._may_be_outside(weight)
@@ -72,7 +73,7 @@ class SpectralBall(_Spectral):
 
     def _may_be_outside(self, weight: Tensor) -> Tensor:
         """Whether each matrix of a batch is not certain to be inside; NaN and infinity are not."""
-        return ~(schatten_16(weight / self.bound(weight.shape)) <= _CERTAINLY_INSIDE)
+        return ~(schatten_64(weight / self.bound(weight.shape)) <= _CERTAINLY_INSIDE)
 
     def residual(self, weight: Tensor) -> Tensor:
         """How far ||W||_2 is above the bound, relative to it. Cost: one SVD."""
@@ -177,19 +178,21 @@ def top_pair(weight: Tensor, doublings: int = _DOUBLINGS) -> tuple[Tensor, Tenso
 
 def _cap_polar(matrix: Tensor) -> Tensor:
     # Ten steps resolve singular values of 1e-3 of the Frobenius norm (polar/coefficients.py).
-    return polar_iterate(matrix, 10)
+    precision = None if matrix.device.type == "cpu" else Precision.BF16X3
+    return polar_iterate(matrix, 10, precision=precision)
 
 
-def schatten_16(weight: Tensor) -> Tensor:
-    """(sum of s^16)^(1/16) over the singular values s: ||W||_2 at least, n^(1/16) of it at most.
+def schatten_64(weight: Tensor) -> Tensor:
+    """(sum of s^64)^(1/64) over the singular values s: ||W||_2 at least, n^(1/64) of it at most.
 
     Shapes: (..., d_out, d_in) -> (...), in fp32 from bf16 products on a GPU.
-    Cost: 2 l s^2 + 4 s^3 FLOPs.
+    Cost: 2 l s^2 + 8 s^3 FLOPs.
     """
     w = orient(weight) if weight.device.type == "cpu" else orient(weight).bfloat16()
-    gram = w.mT @ w
-    fourth = gram @ gram
-    return torch.linalg.matrix_norm((fourth @ fourth).float()) ** 0.125
+    power = w.mT @ w
+    for _ in range(4):
+        power = power @ power
+    return torch.linalg.matrix_norm(power.float()) ** (1 / 32)
 
 
 def hard_cap(weight: Tensor, bound: float, polar: PolarFactor = _cap_polar) -> Tensor:
