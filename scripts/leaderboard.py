@@ -22,6 +22,8 @@ from geon.scripts import studies
 LR = "optim.lr"
 SEEDS = (1, 2)
 """Besides the search's."""
+YARDSTICKS = ("adamw", "adamw_rates")
+"""Arms whose final losses the others' curves are held against: with one rate, and one a role."""
 
 
 def by_arm(jobs: Sequence[Job]) -> dict[str, list[Job]]:
@@ -71,7 +73,7 @@ def tokens_to(points: Sequence[tuple[float, float]], target: float) -> float | N
     return None
 
 
-def row(search: Sequence[Job], more: Sequence[Job], target: float | None) -> dict[str, Any]:
+def row(search: Sequence[Job], more: Sequence[Job], targets: Mapping[str, float]) -> dict[str, Any]:
     """One line of the table; docs/results.md says what its columns mean."""
     chosen = best(search)
     assert chosen is not None and chosen.report is not None
@@ -79,8 +81,7 @@ def row(search: Sequence[Job], more: Sequence[Job], target: float | None) -> dic
     reports = [job.report for job in runs if job.report is not None]
     loss, sem = studies.mean_sem([studies.loss_of(report) for report in reports])
     rates = sorted(job.point[LR] for job in search)
-    reached = [tokens_to(curve(job), target) for job in runs] if target is not None else []
-    known = [tokens for tokens in reached if tokens is not None]
+    curves = [curve(job) for job in runs]
     return {
         "loss": loss,
         "sem": sem,
@@ -93,11 +94,20 @@ def row(search: Sequence[Job], more: Sequence[Job], target: float | None) -> dic
             for job in search
         },
         "tokens": reports[0]["tokens"],
-        "tokens_to_adamw": fmean(known) if known and len(known) == len(reached) else None,
+        **{f"tokens_to_{arm}": _mean_tokens(curves, targets.get(arm)) for arm in YARDSTICKS},
         "state_bytes_per_param": reports[0]["optimizer_state_bytes"] / reports[0]["parameters"],
         "step_share": median(report["optimizer_share"] for report in reports),
-        "curve": [[t, fmean(v)] for t, v in _mean_curve([curve(job) for job in runs])],
+        "curve": [[t, fmean(v)] for t, v in _mean_curve(curves)],
     }
+
+
+def _mean_tokens(
+    curves: Sequence[Sequence[tuple[float, float]]], target: float | None
+) -> float | None:
+    """Mean of `tokens_to` over seeds; None unless every seed reaches it."""
+    reached = [tokens_to(points, target) for points in curves if target is not None]
+    known = [tokens for tokens in reached if tokens is not None]
+    return fmean(known) if known and len(known) == len(reached) else None
 
 
 def _mean_curve(
@@ -111,29 +121,33 @@ def verdict(search: Sequence[Job], more: Sequence[Job]) -> dict[str, Any]:
     """Every arm's row, the best first."""
     searches, others = by_arm(search), by_arm(more)
     searches = {arm: jobs for arm, jobs in searches.items() if best(jobs) is not None}
-    target = None
-    if "adamw" in searches:
-        target = row(searches["adamw"], others.get("adamw", ()), None)["loss"]
-    rows = {arm: row(jobs, others.get(arm, ()), target) for arm, jobs in searches.items()}
+    targets = {
+        arm: row(searches[arm], others.get(arm, ()), {})["loss"]
+        for arm in YARDSTICKS
+        if arm in searches
+    }
+    rows = {arm: row(jobs, others.get(arm, ()), targets) for arm, jobs in searches.items()}
     return dict(sorted(rows.items(), key=lambda item: item[1]["loss"]))
 
 
 def table(rows: Mapping[str, Any]) -> str:
     """The leaderboard as markdown."""
-    adamw = rows.get("adamw", {}).get("tokens")
-    lines = [
-        "| optimizer | loss, nats/byte | tokens to AdamW's | state, B/param | of step time | lr |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm, found in rows.items():
-        tokens = found["tokens_to_adamw"]
-        share = f"{tokens / adamw:.2f}" if tokens and adamw else "not reached"
+    held_against = [arm for arm in YARDSTICKS if arm in rows]
+    heads = ["optimizer", "loss, nats/byte", *(f"tokens to {arm}'s" for arm in held_against)]
+    heads += ["state, B/param", "of step time", "lr"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, found in rows.items():
+        reached = [(found[f"tokens_to_{arm}"], rows[arm]["tokens"]) for arm in held_against]
         edge = "" if found["lr_inside_grid"] else " (edge)"
-        lines.append(
-            f"| {arm} | {found['loss']:.4f} ± {found['sem']:.4f} | {share} | "
-            f"{found['state_bytes_per_param']:.2f} | {found['step_share']:.0%} | "
-            f"{found['lr']:g}{edge} |"
-        )
+        cells = [
+            name,
+            f"{found['loss']:.4f} ± {found['sem']:.4f}",
+            *(f"{tokens / all_:.2f}" if tokens else "not reached" for tokens, all_ in reached),
+            f"{found['state_bytes_per_param']:.2f}",
+            f"{found['step_share']:.0%}",
+            f"{found['lr']:g}{edge}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -152,7 +166,7 @@ def picture(rows: Mapping[str, Any]) -> Figure:
     bars.set_xlabel("validation, nats/byte")
     bars.tick_params(axis="y", labelsize=8)
     shown = [name for name in rows if "half" not in name][:6]
-    shown += [name for name in ("adamw",) if name in rows and name not in shown]
+    shown += [name for name in YARDSTICKS if name in rows and name not in shown]
     for colour, name in zip(studies.COLOURS, shown, strict=False):
         tokens, loss = zip(*rows[name]["curve"], strict=True)
         curves.plot(tokens, loss, color=colour, label=name)
