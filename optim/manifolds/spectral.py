@@ -75,6 +75,10 @@ class SpectralBall(_Spectral):
         """Whether each matrix of a batch is not certain to be inside; NaN and infinity are not."""
         return ~(schatten_64(weight / self.bound(weight.shape)) <= _CERTAINLY_INSIDE)
 
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of asking; the cap comes on top where it acts."""
+        return 2 * min(shape) ** 2 * max(shape) + 8 * min(shape) ** 3
+
     def residual(self, weight: Tensor) -> Tensor:
         """How far ||W||_2 is above the bound, relative to it. Cost: one SVD."""
         excess = torch.linalg.matrix_norm(weight, 2) / self.bound(weight.shape) - 1.0
@@ -184,6 +188,8 @@ def _cap_polar(matrix: Tensor) -> Tensor:
 
 def schatten_64(weight: Tensor) -> Tensor:
     """(sum of s^64)^(1/64) over the singular values s: ||W||_2 at least, n^(1/64) of it at most.
+
+    For s around 1: s^64 is infinite above 4, and 0 below 1/4.
 
     Shapes: (..., d_out, d_in) -> (...), in fp32 from bf16 products on a GPU.
     Cost: 2 l s^2 + 8 s^3 FLOPs.

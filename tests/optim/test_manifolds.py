@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from geon.optim.manifolds import MANIFOLDS, Oblique, SpectralSphere, Sphere, Stiefel
-from geon.optim.manifolds.spectral import hard_cap, top_pair
+from geon.optim.manifolds.spectral import SpectralBall, hard_cap, schatten_64, top_pair
 
 NAMES = sorted(MANIFOLDS)
 CONSTRAINED = [name for name in NAMES if name != "euclidean"]
@@ -301,3 +302,23 @@ def test_hard_cap_caps_and_keeps_small_singular_values(shape):
     s = torch.logspace(-6, 0.7, len(s))
     capped = hard_cap((u * s) @ vh, 2.0)
     torch.testing.assert_close(capped, (u * s.clamp(max=2.0)) @ vh, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])
+def test_the_ball_asks_by_a_norm_just_above_the_spectral_one(shape):
+    ball, n = SpectralBall(1.7), min(shape)
+    draw = gauss(shape).float()
+    draw = draw / torch.linalg.matrix_norm(draw, 2)
+    with FlopCounterMode(display=False) as counter:
+        norm = schatten_64(draw)
+    assert counter.get_total_flops() == ball.flops(shape)
+    spectrum = torch.linalg.svdvals(draw.double())
+    torch.testing.assert_close(norm, (spectrum**64).sum().float() ** (1 / 64))
+    unit = draw * ball.bound(shape)
+    inside, outside = 0.98 * n ** (-1 / 64) * unit, 1.2 * unit
+    assert ball.retract(inside) is inside
+    assert ball.project(inside) is inside
+    both = ball.retract(torch.stack([inside, outside]))
+    assert torch.equal(both[0], inside)
+    assert ball.residual(both[1]) < 1e-4
+    assert ball.retract(torch.full_like(draw, math.nan)).isnan().all()
