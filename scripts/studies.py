@@ -86,7 +86,7 @@ def meta(command: str, jobs: Sequence[Job]) -> dict[str, Any]:
     reports = [report for job in jobs if (report := job.report) is not None]
 
     def of_runs(key: str, here: str) -> str:
-        return ", ".join(sorted({report.get(key, here) for report in reports})) or here
+        return "; ".join(sorted({report.get(key, here) for report in reports})) or here
 
     return {
         "command": command,
