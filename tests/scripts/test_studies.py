@@ -87,25 +87,27 @@ def finished(folder, arm, point, loss, curve=()):
 
 def test_the_leaderboard_takes_the_best_rate_its_seeds_and_adamws_loss(tmp_path):
     curve = [(200, 2.0), (400, 1.0)]
+    arms = (("adamw", 1.5), ("adamw_rates", 1.2), ("ours", 1.0))
     search = [
         finished(tmp_path, arm, {"optim.lr": lr, "seed": 0}, loss + abs(lr - 2), curve)
-        for arm, loss in (("adamw", 1.5), ("ours", 1.0))
+        for arm, loss in arms
         for lr in (1.0, 2.0, 4.0)
     ]
     more = [
         finished(tmp_path, arm, {"optim.lr": 2.0, "seed": seed}, loss + 0.1 * seed, curve)
-        for arm, loss in (("adamw", 1.5), ("ours", 1.0))
+        for arm, loss in arms
         for seed in (1, 2)
     ]
     found = leaderboard.verdict(search, more)
-    assert list(found) == ["ours", "adamw"]
+    assert list(found) == ["ours", "adamw_rates", "adamw"]
     ours = found["ours"]
     assert ours["loss"] == pytest.approx(1.1)
     assert ours["sem"] == pytest.approx(0.1 / math.sqrt(3))
     assert (ours["seeds"], ours["lr"], ours["lr_inside_grid"]) == (3, 2.0, True)
     assert ours["tokens_to_adamw"] == pytest.approx(280.0)  # down to 1.6, adamw's mean
+    assert ours["tokens_to_adamw_rates"] == pytest.approx(340.0)
     assert (ours["state_bytes_per_param"], ours["step_share"]) == (8.0, 0.25)
-    assert "| ours | 1.1000 ± 0.0577 | 0.70 | 8.00 | 25% | 2 |" in leaderboard.table(found)
+    assert "| ours | 1.1000 ± 0.0577 | 0.70 | 0.85 | 8.00 | 25% | 2 |" in leaderboard.table(found)
     leaderboard.picture(found)
 
 
