@@ -1,6 +1,7 @@
 """Arms of a sweep at their best rates, along one key of its grid: batch size, length, or none.
 
 python -m geon.scripts.compare batch --along data.batch_tokens
+python -m geon.scripts.compare rates --along optim.embedding.lr --rate optim.head.lr
 python -m geon.scripts.compare first_run
 
 Runs what has not finished, takes for each arm and value the rate of the least mean loss over seeds,
@@ -22,9 +23,9 @@ from geon.scripts import studies
 LR = "optim.lr"
 
 
-def verdict(jobs: Sequence[Job], along: str) -> dict[str, Any]:
+def verdict(jobs: Sequence[Job], along: str, rate: str = LR) -> dict[str, Any]:
     """Arm -> value of `along` ("" without one) -> loss, sem, seeds, lr, lr_inside_grid, by_lr."""
-    keys = (along, LR) if along else (LR,)
+    keys = (along, rate) if along else (rate,)
     result: dict[str, Any] = {}
     for arm, points in studies.losses(jobs, keys).items():
         curves: dict[str, dict[float, Mapping[int, float]]] = {}
@@ -101,14 +102,17 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--along", default=argparse.SUPPRESS, help="key of the grid to compare along"
     )
+    parser.add_argument(
+        "--rate", default=argparse.SUPPRESS, help=f"key of the grid to choose the best of ({LR})"
+    )
     told = parser.parse_intermixed_args(arguments)
     sweep, *told.overrides = told.overrides or ["none"]
-    along = getattr(told, "along", "")
+    along, rate = getattr(told, "along", ""), getattr(told, "rate", LR)
     if not told.draw:
         config, _, jobs = studies.jobs_of(sweep, told.overrides)
         studies.finish(jobs, told, config)
         facts = studies.meta(studies.command_line(told, f"compare {sweep}"), jobs)
-        studies.save(told.out, sweep, {"meta": facts, **verdict(jobs, along)})
+        studies.save(told.out, sweep, {"meta": facts, **verdict(jobs, along, rate)})
     studies.show(told.out, sweep, table, lambda arms: picture(arms, along))
     return 0
 

@@ -104,7 +104,8 @@ def meta(command: str, jobs: Sequence[Job]) -> dict[str, Any]:
 
 def command_line(told: argparse.Namespace, name: str) -> str:
     """The command that makes a result file again, wherever the runs lie."""
-    words = [f"--{key} {getattr(told, key)}" for key in ("sweep", "along") if hasattr(told, key)]
+    keys = ("sweep", "along", "rate")
+    words = [f"--{key} {getattr(told, key)}" for key in keys if hasattr(told, key)]
     settings = [text for text in told.overrides if not text.startswith("output=")]
     return " ".join([f"python -m geon.scripts.{name}", *words, *settings])
 
