@@ -2,7 +2,7 @@
 
 python -m geon.scripts.compare batch --along data.batch_tokens
 python -m geon.scripts.compare rates --along optim.embedding.lr --rate optim.head.lr
-python -m geon.scripts.compare first_run
+python -m geon.scripts.compare first_run_sweep
 
 Runs what has not finished, takes for each arm and value the rate of the least mean loss over seeds,
 and writes results/<sweep>.json and <sweep>.png.
@@ -63,7 +63,7 @@ def table(arms: Mapping[str, Any]) -> str:
             if (found := arms[arm].get(value)) is None:
                 cells.append("")
                 continue
-            edge = "" if found["lr_inside_grid"] else "*"
+            edge = "" if found["lr_inside_grid"] or len(found["by_lr"]) == 1 else "*"
             cells.append(f"{found['loss']:.4f} ± {found['sem']:.4f} at {found['lr']:g}{edge}")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "\\* best rate at the edge of the grid"])
