@@ -38,7 +38,8 @@ class Manifold(ABC):
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
         """Return a point that left the manifold by one step of this `angle` (radians) to it.
 
-        No host synchronisation, and no refusal: it runs at every step.
+        No refusal, as it runs at every step, and no host synchronisation; the spectral ball alone
+        waits, because its cap costs more than the wait.
         """
 
     @abstractmethod
