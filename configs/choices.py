@@ -80,6 +80,15 @@ class RuleKind(Enum):
     """Another package's optimizer (optim/baselines.py)."""
 
 
+class Idle(Enum):
+    """What a steepest rule does to a parameter that has no gradient in a step."""
+
+    skip = "skip"
+    """Leave weight and momentum alone, as torch.optim does."""
+    coast = "coast"
+    """Take the gradient as zero: the momentum decays and moves the weight on."""
+
+
 class MomentumDtype(Enum):
     """What the momenta of steepest rules rest in."""
 
@@ -88,13 +97,12 @@ class MomentumDtype(Enum):
 
 
 class TransportChoice(Enum):
-    """How sharded matrices become whole (optim/shard/matrix.py)."""
+    """How sharded matrices become whole (optim/shard/transports/)."""
 
     auto = "auto"
     """By predicted cost, kind by kind."""
     owner = "owner"
     gram = "gram"
-    allgather = "allgather"
 
 
 class Objective(Enum):
@@ -113,9 +121,7 @@ class Wire(Enum):
     bf16 = "bf16"
 
 
-class MachineChoice(Enum):
-    """Speeds that a plan reckons with (optim/shard/cost.py)."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+Nonfinite = Enum("Nonfinite", {word: word for word in ("raise", "skip", "ignore")})
+"""What a gradient with nan or infinity does (optim/hybrid.py): raise ends the run on every rank
+before anything is stepped, skip leaves out the step and counts it, ignore does not look, which
+spares a wait for the device a step."""

@@ -9,11 +9,12 @@ from omegaconf import MISSING
 from geon.configs.choices import (
     Arch,
     Format,
+    Idle,
     Init,
     Layouts,
-    MachineChoice,
     Mode,
     MomentumDtype,
+    Nonfinite,
     Objective,
     Precision,
     RuleKind,
@@ -65,6 +66,8 @@ class RuleConfig:
     """Decoupled, per unit of lr. 1 makes a steepest rule Scion's constrained form."""
     norm: str = "spectral"
     manifold: str = "euclidean"
+    manifold_options: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the manifold besides its radius, e.g. {axis: columns} of oblique."""
     momentum: float = 0.95
     """Fraction of the average kept."""
     nesterov: bool = False
@@ -73,6 +76,11 @@ class RuleConfig:
     """NorMuon: fraction kept of the mean square of each row of the direction; 0 does nothing."""
     even_rows: bool = False
     """Give the rows of the direction one length: NorMuon without its state."""
+    finishes: dict[str, Any] = field(default_factory=dict)
+    """What is done to a direction, in this order, before the two above: names and options of
+    optim/finishes, e.g. {row_cap: {most: 2.0}, update_floor: {least: 0.35}, cautious_decay: {}}. A
+    null one is left out."""
+    idle: Idle = Idle.skip
     spectral_scale: str = "rms"
     """Factor on the polar factor: rms sqrt(d_out/d_in), muon sqrt(max(1, d_out/d_in)), none."""
     per_head: bool = False
@@ -152,6 +160,7 @@ class OptimConfig:
     pairs.pt of the run folder, for scripts/bench_solver.py."""
     momentum_dtype: MomentumDtype = MomentumDtype.fp32
     """What momenta rest in between steps: 4 or 2 bytes a parameter. Averages are fp32."""
+    nonfinite: Nonfinite = Nonfinite["raise"]
     max_norm: float = 1.0
     """Clip the gradient of AdamW and baseline groups at this norm; 0 never clips. Others are scale
     free."""
@@ -279,8 +288,9 @@ class ShardConfig:
     max_buffer_mb: float = 64.0
     """Scratch of one bucket on a rank; a bucket may always hold one matrix a rank."""
     wire: Wire = Wire.auto
-    machine: MachineChoice = MachineChoice.auto
-    """Whose speeds the plan reckons with; auto is the device of the run."""
+    machine: str = "auto"
+    """Whose speeds the plan reckons with (MACHINES in optim/shard/cost.py): cpu, cuda,
+    cuda_infiniband, cuda_ethernet; auto is the device of the run."""
     tflops: float = 0.0
     """fp32 products, of one rank; 0 here and below takes a rough figure for the machine."""
     half_tflops: float = 0.0

@@ -25,26 +25,27 @@ from geon.configs.schema import (
 from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
 from geon.engine.parallel import Parallel, mesh_shape
 from geon.engine.rules import make_ladder, make_rule
-from geon.engine.wishes import make_wishes, steps_alone, wire_bytes
-from geon.errors import UsageError
+from geon.errors import UsageError, nearest
 from geon.models import MODELS, LanguageModel, ModelShape
 from geon.optim import (
-    AdamW,
-    Baseline,
     Block,
+    EntryRule,
     Group,
     HybridOptimizer,
     ParamInfo,
+    Placement,
     Role,
     Route,
     Rule,
     block_scale,
     check_per_head,
+    on_manifold,
     route,
     table,
 )
 from geon.optim.router import check_partition
-from geon.optim.shard import Arena, view
+from geon.optim.shard import MACHINES, Sharding
+from geon.optim.storage import lay
 
 ROLES = {
     "hidden": {Role.HIDDEN},
@@ -63,16 +64,20 @@ class Routing:
 
     infos: list[ParamInfo]
     assigned: dict[str, str]
-    rules: dict[str, Rule | AdamW | Baseline]
+    rules: dict[str, Rule | EntryRule]
     configs: dict[str, RuleConfig]
 
-    def rule(self, info: ParamInfo) -> Rule | AdamW | Baseline:
+    def rule(self, info: ParamInfo) -> Rule | EntryRule:
         """Rule of a parameter."""
         return self.rules[self.assigned[info.name]]
 
     def blocks(self, info: ParamInfo) -> tuple[Block, ...]:
         """The matrices that its rule steps in a parameter."""
-        return info.blocks(self.configs[self.assigned[info.name]].per_head)
+        return info.blocks(self.per_head(info))
+
+    def per_head(self, info: ParamInfo) -> bool:
+        """Whether its heads are stepped one by one."""
+        return self.configs[self.assigned[info.name]].per_head
 
     def members(self, route: str) -> list[ParamInfo]:
         """Parameters of a route, in the order of the model."""
@@ -161,8 +166,8 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
     return Routing(infos, assigned, rules, used)
 
 
-def check_baselines(routing: Routing, config: ParallelConfig) -> None:
-    """Refuse other packages' optimizers where parameters are cut.
+def check_cuts(routing: Routing, config: ParallelConfig) -> None:
+    """Refuse rules that need whole parameters where parameters are cut.
 
     Raises:
         UsageError: names the route and the layout.
@@ -170,11 +175,11 @@ def check_baselines(routing: Routing, config: ParallelConfig) -> None:
     if config.layout in (Layouts.single, Layouts.ddp):
         return
     for name, rule in routing.rules.items():
-        if isinstance(rule, Baseline):
+        if isinstance(rule, EntryRule) and not rule.cuts:
             raise UsageError(
-                f"optim.{name}.rule=baseline ('{rule.name}') under parallel.layout="
-                f"{config.layout.value}: other packages' optimizers need whole parameters; "
-                "choose parallel=single or parallel=ddp"
+                f"optim.{name}.rule=baseline ('{routing.configs[name].baseline}') under "
+                f"parallel.layout={config.layout.value}: other packages' optimizers need whole "
+                "parameters; choose parallel=single or parallel=ddp"
             )
 
 
@@ -240,63 +245,80 @@ def initialise(model: LanguageModel, routing: Routing, seed: int) -> None:
         rule, config = routing.rule(info), routing.configs[routing.assigned[info.name]]
         whole = model.initial(info, generator)
         if isinstance(rule, Rule):
-            whole = _prepare(whole, info, routing.blocks(info), rule, config.init, generator)
-        _keep_own(info, params[info.name], whole)
+            if config.init is Init.boundary and bool(whole.any()):
+                whole = _at_boundary(info, routing.blocks(info), rule, generator)
+            whole = on_manifold(info, whole, rule, config.per_head)
+        lay(whole, params[info.name])
 
 
-def _prepare(
-    whole: Tensor,
-    info: ParamInfo,
-    blocks: Sequence[Block],
-    rule: Rule,
-    init: Init,
-    generator: Generator,
+def _at_boundary(
+    info: ParamInfo, blocks: Sequence[Block], rule: Rule, generator: Generator
 ) -> Tensor:
-    """Bring each block of an initial weight to its rule's sphere or manifold, at its scale."""
-    if init is Init.boundary and bool(whole.any()):
-        drawn = torch.empty(info.matrix_shape)
-        for block in blocks:
-            unit = rule.norm.init(block.shape, generator) * rule.radius
-            drawn[block.slices] = unit * block_scale(rule, block)
-        whole = drawn.view(info.shape)
-    return on_manifold(whole, info, rule, blocks) if rule.manifold.constrains else whole
+    """Each block on the sphere of its rule's norm, at its scale."""
+    drawn = torch.empty(info.matrix_shape)
+    for block in blocks:
+        unit = rule.norm.init(block.shape, generator) * rule.radius
+        drawn[block.slices] = unit * block_scale(rule, block)
+    return drawn.view(info.shape)
 
 
-def on_manifold(whole: Tensor, info: ParamInfo, rule: Rule, blocks: Sequence[Block]) -> Tensor:
-    """Nearest point of the manifold of each block of a parameter, at the block's scale.
+def make_sharding(config: Config) -> Sharding:
+    """What the config says about the exchange; zeros leave the machine's own speeds.
 
     Raises:
-        UsageError: a block without a nearest point; names the parameter.
+        UsageError: an unknown machine.
     """
-    given = whole.view(info.matrix_shape)
-    projected = torch.empty_like(given)
-    try:
-        for block in blocks:
-            scale = block_scale(rule, block)
-            projected[block.slices] = rule.manifold.project(given[block.slices] / scale) * scale
-    except ValueError as error:
-        raise UsageError(f"parameter '{info.name}': {error}") from None
-    return projected.view(info.shape)
+    shard, device = config.shard, planned_device(config)
+    name = device if shard.machine == "auto" else shard.machine
+    if name not in MACHINES:
+        raise UsageError(
+            f"shard.machine '{name}' is not one of auto, {', '.join(MACHINES)}."
+            f"{nearest(name, list(MACHINES))}"
+        )
+    own = MACHINES[name]
+    machine = replace(
+        own,
+        flops=shard.tflops * 1e12 or own.flops,
+        half_flops=shard.half_tflops * 1e12 or own.half_flops,
+        bandwidth=shard.gbytes * 1e9 or own.bandwidth,
+        latency=shard.latency_us / 1e6 or own.latency,
+    )
+    wire = shard.wire.value
+    if wire == "auto":
+        wire = "bf16" if device == "cuda" and not shard.reproducible else "fp32"
+    return Sharding(
+        shard.transport.value,
+        shard.objective.value,
+        shard.reproducible,
+        shard.max_buffer_mb,
+        wire,
+        machine,
+        by_parameter=config.parallel.layout is Layouts.deepspeed and config.parallel.zero > 0,
+    )
 
 
-@torch.no_grad()
-def _keep_own(info: ParamInfo, param: Tensor, whole: Tensor) -> None:
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(param, DTensor):
-        param.copy_(whole)
-        return
-    arena = Arena.of([(info.name, param)])
-    flat, given = param.to_local().view(-1), whole.view(info.matrix_shape)
-    for piece in arena.layout(info.name, param).pieces(arena.rank):
-        view(flat, piece).copy_(given[piece.region.slices])
+def planned_device(config: Config) -> str:
+    """Kind of device that computes: the run's, or that of the machine which is planned for."""
+    if config.shard.machine != "auto":
+        return config.shard.machine.split("_")[0]
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_optimizer(
-    model: LanguageModel, routing: Routing, config: Config, mesh: DeviceMesh | None = None
+    model: LanguageModel,
+    routing: Routing,
+    config: Config,
+    mesh: DeviceMesh | None = None,
+    held: Mapping[str, Tensor] | None = None,
+    placement: Placement | None = None,
 ) -> HybridOptimizer:
-    """Build the optimizer over a placed model."""
-    params = dict(model.named_parameters())
+    """Build the optimizer over a placed model.
+
+    held, placement: what a framework holds in place of the parameters, and how it lies.
+    """
+    params = held or dict(model.named_parameters())
     groups = [
         Group(
             name,
@@ -304,18 +326,19 @@ def make_optimizer(
             routing.configs[name].lr,
             [(info, params[info.name]) for info in routing.members(name)],
             routing.configs[name].per_head,
+            routing.configs[name].idle.value,
         )
         for name, rule in routing.rules.items()
     ]
     check_partition(params, [[info.name for info, _ in group.params] for group in groups])
     return HybridOptimizer(
         groups,
-        shard=make_wishes(config),
-        mesh=mesh,
-        wire=torch.bfloat16 if wire_bytes(config) == 2 else torch.float32,
+        make_sharding(config),
+        mesh,
         max_norm=config.optim.max_norm,
         momentum=getattr(torch, _MOMENTA[config.optim.momentum_dtype]),
-        separate=steps_alone(config),
+        nonfinite=config.optim.nonfinite.value,
+        placement=placement,
     )
 
 
@@ -363,11 +386,13 @@ def build(
     parallel.place(model)
     initialise(model, routing, config.seed)
     parallel.wrap(model)
-    optimizer = make_optimizer(model, routing, config, parallel.mesh)
     if config.parallel.layout is Layouts.deepspeed:
         from geon.engine.backends import DeepSpeed
 
         half = parallel.dtype is torch.bfloat16
         sizes = batches.micro, batches.accumulation
-        parallel.backend = DeepSpeed(config, model, optimizer, *sizes, half)
+        parallel.backend = DeepSpeed(config, model, routing, *sizes, half)
+        optimizer = parallel.backend.optimizer
+    else:
+        optimizer = make_optimizer(model, routing, config, parallel.mesh)
     return Run(config, parallel, corpus, batches, model, routing, optimizer)

@@ -69,8 +69,7 @@ class Progress(Callback):
             "tokens": trainer.tokens,
             "elapsed": trainer.elapsed,
             "tokens_per_second": rate,
-            "lr_fraction": run.optimizer.param_groups[0]["lr"]
-            / run.optimizer.param_groups[0]["peak_lr"],
+            "lr_fraction": trainer.lr_fraction,
             "step_seconds": (model_seconds + optimizer_seconds) / steps,
             "optimizer_share": optimizer_seconds / (model_seconds + optimizer_seconds),
             "matrices_orthogonalized": run.optimizer.plan.orthogonalized,
@@ -80,6 +79,8 @@ class Progress(Callback):
             "optimizer_bytes_sent": run.optimizer.exchange.bytes_sent,
             "flops_per_second": rate * run.model.flops_per_token(),
         }
+        if run.optimizer.skipped:
+            record["steps_skipped"] = run.optimizer.skipped
         if run.optimizer.entry_norm is not None:
             record["grad_norm_elementwise"] = float(run.optimizer.entry_norm)
         peak = peak_flops(run.parallel.device)

@@ -3,6 +3,7 @@
 import torch
 
 from geon.engine.trainer import Callback, Trainer
+from geon.optim import Baseline
 
 
 class Curvature(Callback):
@@ -16,7 +17,14 @@ class Curvature(Callback):
     def before_update(self, trainer: Trainer) -> None:
         """Hand the optimizer an estimate when it wants one."""
         run, optimizer = trainer.run, trainer.run.optimizer
-        if not optimizer.guests.curvature_due(trainer.step):
+        wanting = [
+            (group, rule)
+            for group in optimizer.param_groups
+            if isinstance(rule := optimizer.rules[group["name"]], Baseline)
+            and rule.origin.curvature_every
+            and trainer.step % rule.origin.curvature_every == 0
+        ]
+        if not wanting:
             return
         tokens = run.batches.step(trainer.step)[0][0].to(run.parallel.device)
         seed = run.config.seed * 1_000_003 + trainer.step * run.parallel.env.world
@@ -24,10 +32,11 @@ class Curvature(Callback):
         logits = run.model(tokens).flatten(0, 1)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
         loss = torch.nn.functional.cross_entropy(logits, labels)
-        names, params = zip(*run.model.named_parameters(), strict=True)
+        params = list(run.model.parameters())
         grads = torch.autograd.grad(loss, params)
         diagonal = {
-            name: run.parallel.mean(grad.square().mul_(labels.numel()))
-            for name, grad in zip(names, grads, strict=True)
+            param: run.parallel.mean(grad.square().mul_(labels.numel()))
+            for param, grad in zip(params, grads, strict=True)
         }
-        optimizer.guests.take_curvature(optimizer.param_groups, diagonal)
+        for group, rule in wanting:
+            rule.curvature = {param: diagonal[param] for param in group["params"]}

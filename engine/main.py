@@ -47,7 +47,7 @@ def train(config: Config, env: Env) -> None:
     val_windows(corpus, config.model.context, config.data.val_tokens)
     model = build.make_model(config.model)
     routing = build.make_routing(model, config.optim)
-    build.check_baselines(routing, config.parallel)
+    build.check_cuts(routing, config.parallel)
     resume = _find_resume(config, build.fingerprint(model), env)
     if resume is not None and any(isinstance(r, Baseline) for r in routing.rules.values()):
         raise UsageError(
@@ -58,7 +58,7 @@ def train(config: Config, env: Env) -> None:
     run = build.build(config, parallel, corpus, batches, model, routing)
     folder = Path(config.output) / config.name
     trainer = Trainer(run, folder, _callbacks(config))
-    if run.optimizer.guests:
+    if any(isinstance(rule, Baseline) for rule in routing.rules.values()):
         trainer.callbacks = [Curvature(), *trainer.callbacks]
     if resume is not None:
         _resume(trainer, resume)
@@ -117,6 +117,7 @@ def _resume(trainer: Trainer, path: Path) -> None:
     checkpoint.load(path, weights, state, run.parallel)
     if run.parallel.backend is not None:
         run.parallel.backend.load(weights, state)
+    run.optimizer.check_on_manifold()
     trainer.step, trainer.elapsed = facts["step"], facts["elapsed"]
     if run.parallel.env.main:
         print(f"resuming from {path} at step {trainer.step}", flush=True)

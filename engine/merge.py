@@ -13,7 +13,7 @@ from geon.engine.parallel import Parallel
 from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.models import LanguageModel
-from geon.optim import Rule
+from geon.optim import on_manifold
 
 
 @torch.no_grad()
@@ -45,9 +45,7 @@ def merge(
     params = dict(model.named_parameters())
     for info in routing.infos:
         mean, rule = sums[info.name].to(params[info.name].dtype), routing.rule(info)
-        if isinstance(rule, Rule) and rule.manifold.constrains:
-            mean = build.on_manifold(mean, info, rule, routing.blocks(info))
-        params[info.name].copy_(mean)
+        params[info.name].copy_(on_manifold(info, mean, rule, routing.per_head(info)))
 
 
 def save(target: Path, model: LanguageModel, like: Path, facts: dict[str, Any]) -> Path:

@@ -4,28 +4,29 @@ import json
 from typing import Any
 
 from geon.configs.schema import Config
-from geon.engine.build import Routing, make_model, make_routing
+from geon.engine.build import (
+    Routing,
+    make_model,
+    make_routing,
+    make_sharding,
+    planned_device,
+)
 from geon.engine.parallel import check_layout, planned_layouts
-from geon.engine.wishes import make_wishes, planned_device, steps_alone, wire_bytes
 from geon.models import LanguageModel
-from geon.optim import Rule, matrices_of
-from geon.optim.shard import Plan, make_plan
+from geon.optim import Rule, plan_of
+from geon.optim.shard import Plan
 
 
 def plan_ahead(config: Config, model: LanguageModel, routing: Routing, world: int) -> Plan:
     """The plan that `world` ranks will follow, made without any of them."""
+    members = [
+        (info, name, rule, routing.per_head(info))
+        for name, rule in routing.rules.items()
+        if isinstance(rule, Rule)
+        for info in routing.members(name)
+    ]
     layouts = planned_layouts(model, config.parallel, world)
-    matrices = []
-    for name, rule in routing.rules.items():
-        if not isinstance(rule, Rule):
-            continue
-        for info in routing.members(name):
-            layout = layouts[info.name]
-            per_head = routing.configs[name].per_head
-            matrices += matrices_of(
-                info, name, rule, layout, per_head, wire_bytes(config), planned_device(config)
-            )
-    return make_plan(matrices, make_wishes(config), steps_alone(config))
+    return plan_of(members, layouts, make_sharding(config), planned_device(config))
 
 
 def report_plan(config: Config, world: int) -> str:

@@ -1,12 +1,19 @@
 """From config nodes to the rules of the optimizer: norms, manifolds, polar factors, solvers."""
 
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, TypeVar
+
 from geon.configs.schema import PolarConfig, RuleConfig, RuleKind, SolverConfig
 from geon.errors import UsageError, nearest
 from geon.optim import (
+    FINISHES,
     MANIFOLDS,
     NORMS,
     AdamW,
     Baseline,
+    EntryRule,
+    Finish,
     Ladder,
     Manifold,
     Norm,
@@ -16,10 +23,10 @@ from geon.optim import (
     Spectral,
 )
 
+T = TypeVar("T")
 
-def make_rule(
-    config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str
-) -> Rule | AdamW | Baseline:
+
+def make_rule(config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str) -> Rule | EntryRule:
     """Build one rule; `key` is its place in the config, for messages."""
     if config.rule is RuleKind.adamw:
         if len(config.betas) != 2:
@@ -36,6 +43,7 @@ def make_rule(
             radius=config.radius,
             decay=config.weight_decay,
             ladder=ladder,
+            finishes=_make_finishes(config, key),
             second_moment=config.second_moment,
             even_rows=config.even_rows,
         )
@@ -65,9 +73,36 @@ def _make_manifold(config: RuleConfig, key: str) -> Manifold:
             f"{key}.manifold '{config.manifold}' is not one of {', '.join(MANIFOLDS)}."
             f"{nearest(config.manifold, list(MANIFOLDS))}"
         )
-    if config.manifold == "euclidean":
-        return MANIFOLDS[config.manifold]()
-    return MANIFOLDS[config.manifold](radius=config.radius)
+    radius = {} if config.manifold == "euclidean" else {"radius": config.radius}
+    make = MANIFOLDS[config.manifold]
+    return _with_options(make, config.manifold, radius, config.manifold_options, "manifold")
+
+
+def _make_finishes(config: RuleConfig, key: str) -> tuple[Finish, ...]:
+    found = []
+    for name, options in config.finishes.items():
+        if name not in FINISHES:
+            raise UsageError(
+                f"{key}.finishes '{name}' is not one of {', '.join(FINISHES)}."
+                f"{nearest(name, list(FINISHES))}"
+            )
+        if options is not None:
+            found.append(_with_options(FINISHES[name], name, {}, options, "finish"))
+    return tuple(found)
+
+
+def _with_options(
+    make: Callable[..., T], name: str, own: dict[str, Any], options: Any, kind: str
+) -> T:
+    """Call with options from the config, and name those that it takes where one is wrong."""
+    if not isinstance(options, dict):
+        raise ValueError(f"{kind} {name}: options must be a mapping, got {options!r}")
+    taken = [p for p in signature(make).parameters if p not in own]
+    if unknown := set(options) - set(taken):
+        raise ValueError(
+            f"{kind} {name} takes {', '.join(taken) or 'no options'}, not {', '.join(unknown)}"
+        )
+    return make(**own, **options)
 
 
 def make_ladder(config: SolverConfig) -> Ladder:

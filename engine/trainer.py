@@ -36,6 +36,7 @@ class Trainer:
     Attributes:
         step: steps taken, over resumes; with it goes the whole data state.
         elapsed: seconds of training, over resumes.
+        lr_fraction: share of the peak rates in the last step.
         loss: mean loss of the last step over this rank's tokens, on the device.
     """
 
@@ -46,6 +47,7 @@ class Trainer:
         self.loggers: list[Logger] = []
         self.step = 0
         self.elapsed = 0.0
+        self.lr_fraction = 0.0
         self.loss = torch.zeros((), device=run.parallel.device)
         self.stopwatch = Stopwatch(run.parallel.device)
         self._resumed_at = time.perf_counter()
@@ -86,7 +88,8 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step over the global batch of `self.step`."""
         run, parallel = self.run, self.run.parallel
-        run.optimizer.set_lr(fraction(run.config.schedule, self.progress))
+        self.lr_fraction = fraction(run.config.schedule, self.progress)
+        run.optimizer.set_lr(self.lr_fraction)
         self.stopwatch.mark(first=True)
         micros = run.batches.step(self.step)
         total = torch.zeros((), device=parallel.device)

@@ -2,35 +2,44 @@
 
 from geon.optim.adamw import AdamW
 from geon.optim.baselines import BASELINES, Baseline
-from geon.optim.hybrid import Group, HybridOptimizer
+from geon.optim.entries import EntryRule
+from geon.optim.finishes import FINISHES, Finish
+from geon.optim.groups import Group, on_manifold, project_
+from geon.optim.hybrid import HybridOptimizer, Placement
 from geon.optim.manifolds import MANIFOLDS, Euclidean, Manifold, Stiefel
-from geon.optim.matrices import block_scale, check_per_head, matrices_of
+from geon.optim.matrices import block_scale, check_per_head, matrices_of, plan_of
 from geon.optim.norms import NORMS, Norm, Sign, Spectral
 from geon.optim.polar import Polar, Precision, polar, polar_svd
 from geon.optim.roles import Block, ParamInfo, Role
 from geon.optim.router import Route, classify, route, table
 from geon.optim.rule import Rule
+from geon.optim.shard import Sharding
 from geon.optim.solvers import Ladder, certify, steepest
 
 __all__ = [
+    "BASELINES",
+    "FINISHES",
     "MANIFOLDS",
     "NORMS",
     "AdamW",
-    "BASELINES",
     "Baseline",
     "Block",
+    "EntryRule",
     "Euclidean",
+    "Finish",
     "Group",
     "HybridOptimizer",
     "Ladder",
     "Manifold",
     "Norm",
     "ParamInfo",
+    "Placement",
     "Polar",
     "Precision",
     "Role",
     "Route",
     "Rule",
+    "Sharding",
     "Sign",
     "Spectral",
     "Stiefel",
@@ -39,8 +48,11 @@ __all__ = [
     "check_per_head",
     "classify",
     "matrices_of",
+    "on_manifold",
+    "plan_of",
     "polar",
     "polar_svd",
+    "project_",
     "route",
     "steepest",
     "table",

@@ -1,17 +1,20 @@
 """The element-wise fallback, on local shards: torch's own AdamW kernel behind our group format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-State = dict[str, Tensor]
+from geon.errors import UsageError
+from geon.optim.entries import EntryRule, State
+from geon.optim.step import local
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(EntryRule):
     """Settings of an element-wise group (Loshchilov and Hutter, arXiv 1711.05101).
 
     Attributes:
@@ -24,35 +27,49 @@ class AdamW:
     eps: float = 1e-8
     decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check(self.hyper)
+
+    @property
+    def name(self) -> str:
+        """AdamW."""
+        return "AdamW"
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """As torch.optim.AdamW names them."""
+        return {"betas": tuple(self.betas), "eps": self.eps, "weight_decay": self.decay}
+
     def new_state(self, param: Tensor) -> State:
         """Zero averages like the parameter (a DTensor stays one) and a step count on the CPU."""
         return {
             "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(param),
-            "exp_avg_sq": torch.zeros_like(param),
+            "exp_avg": torch.zeros_like(param, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
         }
 
     def step(
         self,
-        weights: Sequence[Tensor],
+        group: Mapping[str, Any],
+        params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[State],
-        lr: float,
     ) -> None:
-        """Update the weights and states in place."""
+        """One step at the group's lr, betas, eps and weight_decay."""
+        _check(group)
         adamw(
-            list(weights),
+            [local(p) for p in params],
             list(grads),
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=lr,
-            weight_decay=self.decay,
-            eps=self.eps,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
             maximize=False,
         )
 
@@ -60,3 +77,12 @@ class AdamW:
         """One line for tables."""
         text = f"AdamW, betas {self.betas[0]:g} {self.betas[1]:g}"
         return text + (f", decay {self.decay:g}" if self.decay else "")
+
+
+def _check(hyper: Mapping[str, Any]) -> None:
+    for beta in hyper["betas"]:
+        if not 0.0 <= beta < 1.0:
+            raise UsageError(f"AdamW betas {hyper['betas']}: each must be in [0, 1)")
+    for key in ("eps", "weight_decay"):
+        if not 0.0 <= hyper[key] < float("inf"):
+            raise UsageError(f"AdamW {key} {hyper[key]} must be 0 or more")

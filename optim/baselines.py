@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from geon.errors import UsageError, nearest
+from geon.optim.entries import EntryRule, State
 
 _NEVER = 2**62
 
@@ -61,29 +62,39 @@ BASELINES: dict[str, Origin] = {
 }
 
 
-@dataclass(frozen=True)
-class Baseline:
+@dataclass(eq=False)
+class Baseline(EntryRule):
     """A param group that another package's optimizer steps, on whole parameters.
 
     Attributes:
-        name: key of BASELINES.
+        key: name in BASELINES.
         options: keyword arguments of its class, over the table's and its own defaults.
+        curvature: an estimate of the Hessian's diagonal by parameter, for the next step alone.
     """
 
-    name: str
+    key: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    curvature: Mapping[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _optimizer: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
+
+    cuts = False
 
     def __post_init__(self) -> None:
-        if self.name not in BASELINES:
+        if self.key not in BASELINES:
             raise UsageError(
-                f"baseline '{self.name}' is not one of {', '.join(BASELINES)}."
-                f"{nearest(self.name, list(BASELINES))}"
+                f"baseline '{self.key}' is not one of {', '.join(BASELINES)}."
+                f"{nearest(self.key, list(BASELINES))}"
             )
 
     @property
     def origin(self) -> Origin:
         """Where it comes from."""
-        return BASELINES[self.name]
+        return BASELINES[self.key]
+
+    @property
+    def name(self) -> str:
+        """Package and class."""
+        return f"{self.origin.package}.{self.origin.cls}"
 
     def start(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
         """Make the optimizer.
@@ -96,7 +107,7 @@ class Baseline:
             module = importlib.import_module(origin.package)
         except ModuleNotFoundError:
             raise UsageError(
-                f"baseline '{self.name}' comes from {origin.package.replace('_', '-')}, which is "
+                f"baseline '{self.key}' comes from {origin.package.replace('_', '-')}, which is "
                 "not installed: pip install -c constraints.txt -e '.[baselines]'"
             ) from None
         settings = {**origin.settings, **self.options}
@@ -106,51 +117,37 @@ class Baseline:
             )
         except (TypeError, ValueError) as error:
             raise UsageError(
-                f"baseline '{self.name}': {origin.package}.{origin.cls} refuses {settings}: {error}"
+                f"baseline '{self.key}': {self.name} refuses {settings}: {error}"
             ) from None
         return made
+
+    def new_state(self, param: Tensor) -> State:
+        """None: the optimizer makes it as it steps."""
+        return {}
+
+    def step(
+        self,
+        group: Mapping[str, Any],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+    ) -> None:
+        """Step those that have a gradient, from the state that is kept here."""
+        members = [param for param in group["params"] if param.requires_grad]
+        if self._optimizer is None:
+            self._optimizer = self.start(members, group["lr"])
+        optimizer = self._optimizer
+        for inner in optimizer.param_groups:
+            inner["lr"], inner["params"] = group["lr"], members
+        for param, state in zip(params, states, strict=True):
+            optimizer.state[param] = state
+        given, self.curvature = self.curvature, None
+        step: Any = optimizer.step
+        step(**({"hessian": [given[param] for param in members]} if given is not None else {}))
 
     def describe(self) -> str:
         """One line for tables."""
         settings = {**self.origin.settings, **self.options}
         told = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()]
         told = [text for text in told if str(_NEVER) not in text]
-        return ", ".join([f"{self.origin.package}.{self.origin.cls}", *told])
-
-
-class Guests:
-    """The optimizers of baseline groups, by group name."""
-
-    def __init__(self) -> None:
-        self._optimizers: dict[str, torch.optim.Optimizer] = {}
-        self._every: dict[str, int] = {}
-        self._curvature: dict[str, list[Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self._optimizers)
-
-    def add(self, group: Mapping[str, Any], rule: Baseline) -> None:
-        """Make the optimizer of a param group."""
-        self._optimizers[group["name"]] = rule.start(group["params"], group["lr"])
-        self._every[group["name"]] = rule.origin.curvature_every
-
-    def step(self, group: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
-        """Step a group at its present lr; returns the state of each parameter."""
-        name, optimizer = group["name"], self._optimizers[group["name"]]
-        for inner in optimizer.param_groups:
-            inner["lr"] = group["lr"]
-        step: Any = optimizer.step
-        step(**({"hessian": self._curvature.pop(name)} if name in self._curvature else {}))
-        return {param: optimizer.state[param] for param in group["params"]}
-
-    def curvature_due(self, step: int) -> bool:
-        """Whether a group wants an estimate of the Hessian's diagonal for this step, from 0 on."""
-        return any(every and step % every == 0 for every in self._every.values())
-
-    def take_curvature(
-        self, groups: Sequence[Mapping[str, Any]], diagonal: Mapping[str, Tensor]
-    ) -> None:
-        """Keep an estimate of the Hessian's diagonal, by parameter name, for the coming step."""
-        for group in groups:
-            if self._every.get(group["name"]):
-                self._curvature[group["name"]] = [diagonal[name] for name in group["names"]]
+        return ", ".join([self.name, *told])

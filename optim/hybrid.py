@@ -1,189 +1,177 @@
 """One torch optimizer whose param groups each carry their rule."""
 
-from collections import defaultdict
+import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from geon.errors import UsageError
-from geon.optim.adamw import AdamW
-from geon.optim.baselines import Baseline, Guests
-from geon.optim.matrices import check_per_head, matrices_of
-from geon.optim.polar import ieee_products
+from geon.optim.entries import EntryRule
+from geon.optim.groups import FAR, Group, blocks_off, check_groups, project_
+from geon.optim.linalg import ieee_products
+from geon.optim.matrices import plan_of
 from geon.optim.readings import Readings
 from geon.optim.roles import ParamInfo
-from geon.optim.router import check_partition
 from geon.optim.rule import Rule
-from geon.optim.shard import (
-    Arena,
-    Exchange,
-    Flat,
-    Layout,
-    Matrix,
-    Plan,
-    Wishes,
-    holding,
-    make_plan,
-)
-from geon.optim.storage import bytes_of, flat, grad_of, local, signature
-from geon.optim.work import MatrixWork
+from geon.optim.shard import Exchange, Layout, Plan, Ranks, Sharding, holding
+from geon.optim.state import bare, check_names, check_rule, fill, load_group, relaid, saved_by_name
+from geon.optim.step import WORK, Active, Step, clip, largest_gradient, signature
+from geon.optim.storage import bytes_of, check_contiguous, whole
 
-# Averages are taken, and weights gathered, in fp32 whatever dtype they rest in: bf16 cannot hold a
-# manifold better than 4e-3, and loses most of a small step to rounding.
-_WORK = torch.float32
+NONFINITE = ("raise", "skip", "ignore")
 
 
-@dataclass
-class Group:
-    """A route's parameters with their rule and peak learning rate.
+class Placement(NamedTuple):
+    """How parameters lie that do not say so themselves: runs that a framework handed over."""
 
-    per_head: step each attention head's block as a matrix of its own; parameters without heads are
-    stepped whole.
-    """
-
-    name: str
-    rule: Rule | AdamW | Baseline
-    lr: float
-    params: list[tuple[ParamInfo, nn.Parameter]]
-    per_head: bool = False
-
-    def __post_init__(self) -> None:
-        check_per_head(self.rule, self.per_head, f"group '{self.name}'")
-
-    def describe(self) -> str:
-        """One line for tables."""
-        return self.rule.describe() + (", per head" if self.per_head else "")
+    ranks: Ranks
+    layouts: Mapping[str, Layout]
 
 
 class HybridOptimizer(torch.optim.Optimizer):
     """Steps each param group by its rule: steepest rules on whole matrices, AdamW on entries.
 
-    A third kind, Baseline, hands its group to another package's optimizer, for comparisons; it
-    needs whole parameters (one process or DDP).
+    A torch optimizer in every other respect. A parameter that does not require a gradient, or has
+    none, is left alone: not moved, not decayed, no state spent (`Group.idle` says otherwise). Param
+    groups hold plain values, which take effect when changed: "lr", "weight_decay", and "momentum"
+    and "nesterov" of steepest rules, "betas" and "eps" of AdamW. A scheduler that sets "momentum"
+    everywhere (OneCycleLR) sets AdamW's first beta by it. At lr 0 weights stay as they are to the
+    last bit, and momenta are averaged on; a step of zero gradients at lr 0, by which
+    torch.distributed.checkpoint makes state, changes nothing.
 
-    Param groups are `{"params", "names", "name", "rule", "lr"}`; "rule" is the rule's description,
-    so that `state_dict()` holds plain values only. State exists from construction on, like the
-    parameters (a DTensor's state is a DTensor): {"momentum"} for steepest rules, torch's own keys
-    for AdamW. A group whose lr is 0 is frozen: its weights, momenta and counters stay as they are.
-    `readings` tells how good the directions of the last step were, where it was asked to look.
+    State is {"momentum"} and row states for steepest rules, torch's own keys for AdamW, made for
+    trained parameters at once; a DTensor's state is a DTensor. `state_dict` names parameters, and
+    `load_state_dict` matches them by name, with or without "module." and "_orig_mod.", keeps the
+    dtypes that this optimizer was made with, and refuses the state of another rule.
 
-    Every rank must call `step()`: on sharded matrices it runs the collectives of `plan`. A
-    parameter without a gradient counts as one with a zero gradient in a steepest group (its
-    momentum still moves it), and is left alone in an AdamW group.
+    Every rank must call `step()`, with gradients of the same parameters: on sharded matrices it
+    runs the collectives of `plan`. Parameters that are replaced, moved or (un)frozen between steps
+    are found and planned again.
 
-    shard: transports, buffers, and what to optimise for.
+    sharding: transports, buffers, words on the wire, and what to optimise for.
     mesh: the ranks that step together; needed for plain parameters that are equal on several ranks
         (DDP), whose work is then split. DTensors bring their own.
-    wire: dtype of updates and directions that travel; weights always travel in fp32.
-    max_norm: clip the gradients of AdamW groups to this global 2-norm within `step`; 0 never.
-        Steepest directions do not depend on the length of the gradient.
+    max_norm: clip the gradients of element-wise groups to this global 2-norm within `step`; 0
+        never. Steepest directions do not depend on the length of the gradient.
     momentum: dtype that the momenta of steepest rules rest in between steps.
-    separate: one param group and one bucket for each parameter, for frameworks that replace
-        parameters and step group by group (DeepSpeed); see `adopt`.
+    nonfinite: what a gradient with nan or infinity does. raise: FloatingPointError on every rank,
+        with nothing changed. skip: leave out the step, counted in `skipped`. ignore: do not look,
+        which spares a wait for the device.
+    project: bring weights to their manifolds now; otherwise weights further than 0.1 are refused.
+    placement: how the parameters lie, for frameworks that hand over pieces (DeepSpeed).
+
+    Raises:
+        UsageError: groups that are not what they declare, or that no plan can be made for.
     """
 
     def __init__(
         self,
         groups: Sequence[Group],
-        shard: Wishes | None = None,
+        sharding: Sharding | None = None,
         mesh: DeviceMesh | None = None,
-        wire: torch.dtype = torch.float32,
+        *,
         max_norm: float = 0.0,
-        separate: bool = False,
         momentum: torch.dtype = torch.float32,
+        nonfinite: str = "raise",
+        project: bool = False,
+        placement: Placement | None = None,
     ) -> None:
-        self.rules = {g.name: g.rule for g in groups}
-        self.max_norm = max_norm
+        groups = list(groups)
+        check_groups(groups, shapes=placement is None)
+        if nonfinite not in NONFINITE:
+            raise UsageError(f"nonfinite '{nonfinite}' is not one of {', '.join(NONFINITE)}")
+        if not 0.0 <= max_norm < math.inf:
+            raise UsageError(f"max_norm {max_norm} must be finite and 0 or more")
+        self.rules: dict[str, Rule | EntryRule] = {}
+        self.max_norm, self.nonfinite, self.skipped = max_norm, nonfinite, 0
         self.entry_norm: Tensor | None = None
-        self._per_head = {g.name: g.per_head for g in groups}
-        self._infos = {info.name: info for g in groups for info, _ in g.params}
-        self._momentum = momentum
-        self.guests = Guests()
-        super().__init__(
-            [
-                {
-                    "params": [p for _, p in members],
-                    "names": [info.name for info, _ in members],
-                    "name": g.name,
-                    "rule": g.describe(),
-                    "lr": g.lr,
-                    "peak_lr": g.lr,
-                }
-                for g in groups
-                for members in ([[pair] for pair in g.params] if separate else [g.params])
-                if members
-            ],
-            {},
-        )
-        self._groups = list(self.param_groups)
-        check_partition(self._infos, [group["names"] for group in self._groups])
-        self._params: dict[str, Tensor] = {
-            name: param
-            for group in self._groups
-            for name, param in zip(group["names"], group["params"], strict=True)
-        }
         self.readings = Readings()
-        self._wishes, self._wire, self._separate = shard or Wishes(), wire, separate
-        arena = Arena.of(self._params.items(), mesh)
-        self._settle(arena, {n: arena.layout(n, p) for n, p in self._params.items()})
+        self._infos: dict[str, ParamInfo] = {}
+        self._per_head: dict[str, bool] = {}
+        self._momentum = momentum
+        self._sharding, self._mesh, self._placement = sharding or Sharding(), mesh, placement
+        self._adjusted: dict[str, tuple[Any, Rule]] = {}
+        self._exchange: Exchange | None = None
+        self._layouts: dict[str, Layout] = {}
+        self._seen: dict[str, tuple[Tensor, tuple[Any, ...]]] = {}
+        self._joining = True
+        rules = [group.rule for group in groups if group.params]
+        steepest = any(isinstance(rule, Rule) for rule in rules)
+        entries = next((rule.hyper for rule in rules if isinstance(rule, EntryRule)), {})
+        # OneCycleLR and CyclicLR look here for what they may cycle.
+        super().__init__(
+            [self._register(group) for group in groups if group.params],
+            {"lr": groups[0].lr if groups else 0.0} | ({"momentum": 0.95} if steepest else entries),
+        )
+        self._joining = False
+        self._plan()
+        if project:
+            self.project_()
+        self.check_on_manifold()
 
-    def adopt(self, params: Mapping[str, Tensor], arena: Arena, steps: Mapping[str, int]) -> None:
-        """Step flat runs of the parameters instead, as DeepSpeed's ZeRO hands them over.
+    def _register(self, group: Group) -> dict[str, Any]:
+        """Take note of a group; what torch is to hold of it."""
+        if group.name in self.rules:
+            raise UsageError(f"two param groups are named '{group.name}'")
+        self.rules[group.name] = group.rule
+        self._per_head[group.name] = group.per_head
+        self._infos |= {info.name: info for info, _ in group.params}
+        return group.entry()
 
-        params: this rank's run of each flattened parameter, by name; they are what `param_groups`
-            hold from now on, though at times only some do: `step` steps those.
-        steps: entries from one rank's run to the next's, by name.
+    def add_param_group(self, param_group: Any) -> None:
+        """Take a Group more.
 
-        Starts all state anew.
+        Raises:
+            UsageError: a plain dict, which says neither roles nor a rule; or as for the others.
         """
-        self._params, self.state = dict(params), defaultdict(dict)
-        shapes = {name: info.matrix_shape for name, info in self._infos.items()}
-        self._settle(arena, {n: Flat(shapes[n], arena.size, steps[n]) for n in params})
+        if self._joining:
+            super().add_param_group(param_group)
+            return
+        if not isinstance(param_group, Group):
+            raise UsageError(
+                "add_param_group takes a Group, which names parameters, their roles and a rule, "
+                f"not a {type(param_group).__name__}: Group(name, rule, lr, [(info, parameter)])"
+            )
+        check_groups([*self._groups(), param_group], shapes=self._placement is None)
+        super().add_param_group(self._register(param_group))
+        self._plan()
+        self.check_on_manifold()
 
-    def _settle(self, arena: Arena, layouts: Mapping[str, Layout]) -> None:
-        """Plan for the parameters as they lie, and make their state."""
-        self._arena, self._layouts = arena, dict(layouts)
-        self._signatures = {name: signature(p) for name, p in self._params.items()}
-        device = next((p.device.type for p in self._params.values()), "cpu")
-        matrices = self._matrices(self._wire.itemsize, device)
-        self._exchange = Exchange(make_plan(matrices, self._wishes, self._separate), arena)
-        self._make_state()
+    # What there is, by name.
 
-    @property
-    def plan(self) -> Plan:
-        """What a step sends and computes."""
-        return self._exchange.plan
+    def _named(self) -> Iterable[tuple[dict[str, Any], str, Tensor]]:
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                yield group, name, param
 
-    @property
-    def exchange(self) -> Exchange:
-        """The exchange, with its counters."""
-        return self._exchange
-
-    @property
-    def arena(self) -> Arena:
-        """The ranks that step together."""
-        return self._arena
-
-    @property
-    def layouts(self) -> Mapping[str, Layout]:
-        """How each parameter lies over them."""
-        return self._layouts
+    def _groups(self) -> list[Group]:
+        """The groups as they were given."""
+        return [
+            Group(
+                group["name"],
+                self.rules[group["name"]],
+                group["lr"],
+                [(self._infos[n], p) for one, n, p in self._named() if one is group],
+                self._per_head[group["name"]],
+            )
+            for group in self.param_groups
+        ]
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        """All parameters, or the runs of them that were adopted, with their names."""
-        return self._params.items()
+        """All parameters, or what a framework holds in their place, with their names."""
+        return [(name, param) for _, name, param in self._named()]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every state tensor by "<parameter>.<key>": what a checkpoint holds of the optimizer."""
         return {
             f"{name}.{key}": tensor
             for name, param in self.named_parameters()
-            for key, tensor in self.state[param].items()
+            for key, tensor in self.state.get(param, {}).items()
             if isinstance(tensor, Tensor)
         }
 
@@ -192,168 +180,296 @@ class HybridOptimizer(torch.optim.Optimizer):
         return sum(bytes_of(value) for value in self.state.values())
 
     def set_lr(self, fraction: float) -> None:
-        """Set every group to this fraction of its peak learning rate."""
-        for group in self._groups:
-            group["lr"] = fraction * group["peak_lr"]
+        """Set every group to this fraction of its "initial_lr": its rate before the first call."""
+        for group in self.param_groups:
+            group["lr"] = fraction * group.setdefault("initial_lr", group["lr"])
 
-    def _steepest(self) -> Iterable[tuple[dict[str, Any], Rule]]:
-        """Param groups of steepest rules."""
-        for group in self._groups:
-            if isinstance(rule := self.rules[group["name"]], Rule):
-                yield group, rule
+    # Planning.
 
-    def _matrices(self, wire_bytes: int, device: str) -> list[Matrix]:
-        matrices: list[Matrix] = []
-        for group, rule in self._steepest():
-            per_head = self._per_head[group["name"]]
-            for name in group["names"]:
-                info, layout = self._infos[name], self._layouts[name]
-                matrices += matrices_of(
-                    info, group["name"], rule, layout, per_head, wire_bytes, device
-                )
-        return matrices
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange, with its counters."""
+        if self._exchange is None:
+            self._plan()
+        assert self._exchange is not None
+        return self._exchange
 
-    def _make_state(self) -> None:
-        for group in self._groups:
+    @property
+    def plan(self) -> Plan:
+        """What a step sends and computes."""
+        return self.exchange.plan
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that step together."""
+        return self.exchange.ranks
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """How each parameter lies over them."""
+        if self._exchange is None:
+            self._plan()
+        return self._layouts
+
+    def _plan(self) -> None:
+        """Plan for the parameters as they lie, and make the state of those that are trained."""
+        named = dict(self.named_parameters())
+        for name, param in named.items():
+            check_contiguous(name, param)
+        if self._placement is None:
+            ranks = Ranks.of(named.items(), self._mesh)
+            self._layouts = {name: ranks.layout(name, param) for name, param in named.items()}
+        else:
+            ranks, self._layouts = self._placement.ranks, dict(self._placement.layouts)
+        members = []
+        for group, name, param in self._named():
             rule = self.rules[group["name"]]
-            if isinstance(rule, Baseline):
-                self.guests.add(group, rule)
-                continue
-            for name in group["names"]:
-                param = self._params[name]
-                if isinstance(rule, AdamW):
-                    self.state[param] = rule.new_state(param)
-                    continue
-                self.state[param] = {"momentum": torch.zeros_like(param, dtype=self._momentum)}
-                if rule.second_moment:
-                    shape = self._row_state_shape(name, self._per_head[group["name"]])
-                    second = torch.zeros(shape, dtype=_WORK, device=param.device)
-                    self.state[param]["second_moment"] = second
+            if isinstance(rule, Rule) and param.requires_grad:
+                per_head = self._per_head[group["name"]]
+                members.append((self._infos[name], group["name"], rule, per_head))
+        device = next((p.device.type for p in named.values()), "cpu")
+        plan = plan_of(members, self._layouts, self._sharding, device)
+        counted = self._exchange
+        self._exchange = Exchange(plan, ranks)
+        if counted is not None:
+            self._exchange.bytes_sent = counted.bytes_sent
+            self._exchange.collectives = counted.collectives
+        self._seen = {name: (param, signature(param)) for name, param in named.items()}
+        for group, name, param in self._named():
+            if param.requires_grad and not self.state.get(param):
+                self.state[param] = self._new_state(group, name, param)
 
-    def _row_state_shape(self, name: str, per_head: bool) -> tuple[int, ...]:
-        """One number a row, whole on every rank; heads that own columns have a row of them each."""
-        info = self._infos[name]
-        columns = len({block.cols for block in info.blocks(per_head)})
-        rows = info.matrix_shape[0]
-        return (rows,) if columns == 1 else (columns, rows)
+    def _new_state(self, group: Mapping[str, Any], name: str, param: Tensor) -> dict[str, Any]:
+        rule = self.rules[group["name"]]
+        if not isinstance(rule, Rule):
+            return rule.new_state(param)
+        like = torch.zeros_like(param, dtype=self._momentum, requires_grad=False)
+        state: dict[str, Any] = {"momentum": like}
+        info, rows = self._infos[name], self._infos[name].matrix_shape[0]
+        across = self._per_head[group["name"]] and info.heads and info.head_axis == 1
+        shape = (info.heads, rows) if across else (rows,)
+        for key in rule.row_states:
+            state[key] = torch.zeros(shape, dtype=WORK, device=param.device)
+        return state
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Apply one step to every group.
-
-        The first matrices travel before AdamW groups are clipped and stepped.
+    def _refresh(self) -> None:
+        """Find parameters that are not what was planned for, and plan again.
 
         Raises:
-            UsageError: a parameter lies otherwise than when the plan was made.
+            UsageError: a parameter of another shape.
+        """
+        changed = self._exchange is None or len(self._seen) != len(self._infos)
+        for _, name, param in self._named():
+            old, planned = self._seen.get(name, (param, ()))
+            if param is old and signature(param) == planned:
+                continue
+            changed = True
+            shape = tuple(self._infos[name].shape)
+            if self._placement is None and tuple(param.shape) != shape:
+                raise UsageError(
+                    f"parameter '{name}' has shape {tuple(param.shape)}, and the optimizer was "
+                    f"made for {shape}: make it again after the model is changed"
+                )
+            if state := self.state.pop(old, None):
+                self.state[param] = relaid(state, old, param)
+        if changed:
+            self._plan()
+
+    # The manifold.
+
+    def project_(self) -> None:
+        """Bring every weight to its manifold, in place; every rank must call.
+
+        Raises:
+            UsageError: a weight without a nearest point; names the parameter.
+        """
+        for group, name, param in self._named():
+            rule, per_head = self.rules[group["name"]], self._per_head[group["name"]]
+            if param.requires_grad:
+                layout = self.layouts[name] if self._placement else None
+                project_(self._infos[name], param, rule, per_head, layout, self.ranks)
+
+    def check_on_manifold(self) -> None:
+        """Refuse weights that are far from their manifold; every rank must call.
+
+        Steps from there are not small: they grow or shrink the weight by what it is off.
+
+        Raises:
+            UsageError: names the parameter, how far it is, and what mends it.
+        """
+        for group, name, param in self._named():
+            rule, info = self.rules[group["name"]], self._infos[name]
+            trained = param.requires_grad and param.device.type != "meta"
+            if not (trained and isinstance(rule, Rule) and rule.manifold.constrains):
+                continue
+            weight = whole(param, self.layouts[name], self.ranks.group)
+            off = blocks_off(info, weight, rule, self._per_head[group["name"]])
+            if off > FAR:
+                raise UsageError(
+                    f"parameter '{name}' is not on {type(rule.manifold).__name__}: its residual is "
+                    f"{off:.2g}, at most {FAR:g} may be stepped. Bring it there by "
+                    "HybridOptimizer(..., project=True), by project_() of its Group or of the "
+                    "optimizer, or give it manifold=euclidean"
+                )
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step from the gradients that are there.
+
+        Returns: what the closure returned, if there is one.
+
+        Raises:
+            UsageError: a parameter of another shape, a rate or number out of range.
+            FloatingPointError: a gradient that is not finite, as `nonfinite` says.
             ExchangeError: another rank is gone.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_places()
-        active = [group for group in self.param_groups if group["params"]]
-        work = self._work(active)
-        names = {name for group in active for name in group["names"]}
-        with ieee_products():
-            self._exchange.run(work, names, lambda: self._step_entries(active))
-        self.readings.close()
+        self._refresh()
+        everyone = [Active(group, self._rule(group)) for group in self.param_groups]
+        for one in everyone:
+            one.collect()
+        active = [one for one in everyone if one.names or one.coasting]
+        if self._admit(active):
+            step, exchange = self._fold(everyone), self.exchange
+            cuda = any(weight.is_cuda for weight in step.weights.values())
+            with ieee_products() if cuda else nullcontext():
+                exchange.run(step, step.moving, lambda: self._step_entries(active))
+            if self.readings.wanted:
+                self.readings.close()
         return loss
 
-    def _work(self, active: Sequence[dict[str, Any]]) -> MatrixWork:
-        """Fold the gradients into the momenta; what the exchange then works on."""
-        updates: dict[str, Tensor] = {}
-        weights: dict[str, Tensor] = {}
-        for group in active:
-            rule, frozen = self.rules[group["name"]], float(group["lr"]) == 0.0
-            if not isinstance(rule, Rule):
-                continue
-            for name in group["names"]:
-                param = self._params[name]
-                held = local(self.state[param]["momentum"])
-                buffer = held.to(_WORK)
-                if not frozen and param.grad is not None:
-                    update = rule.average(grad_of(param).to(_WORK), buffer)
-                else:
-                    update = buffer if frozen else buffer.mul_(rule.momentum)
-                if buffer is not held:
-                    held.copy_(buffer)
-                updates[name] = update.reshape(-1)
-                weights[name] = flat(name, param)
-        lrs = {group["name"]: float(group["lr"]) for group in active}
-        rules = {group["name"]: rule for group, rule in self._steepest()}
-        return MatrixWork(updates, weights, rules, lrs, self._row_state, self.readings)
+    def _rule(self, group: dict[str, Any]) -> Rule | EntryRule:
+        """The group's rule with the numbers that the group holds now."""
+        name, lr = group["name"], float(group["lr"])
+        if not 0.0 <= lr < math.inf:
+            raise UsageError(f"group '{name}': lr {lr} must be finite and 0 or more")
+        rule = self.rules[name]
+        if not isinstance(rule, Rule):
+            if "momentum" in group and "betas" in group:  # a scheduler cycles it
+                group["betas"] = (group.pop("momentum"), *group["betas"][1:])
+            return rule
+        numbers = group["momentum"], group["nesterov"], group["weight_decay"]
+        known = self._adjusted.get(name)
+        if known is None or known[0] != numbers:
+            try:
+                known = numbers, rule.adjusted(*numbers)
+            except UsageError as error:
+                raise UsageError(f"group '{name}': {error}") from None
+            self._adjusted[name] = known
+        return known[1]
 
-    def _row_state(self, matrix: Matrix) -> Tensor:
-        second: Tensor = self.state[self._params[matrix.param]]["second_moment"]
-        if second.dim() == 2:
-            second = second[matrix.box.cols[0] // matrix.shape[1]]
-        return second[slice(*matrix.box.rows)]
-
-    def _step_entries(self, active: Sequence[dict[str, Any]]) -> None:
-        """Clip and step what is not stepped as matrices."""
-        if self.max_norm:
-            self.entry_norm = self.clip_entries_(self.max_norm)
-        for group in active:
-            rule = self.rules[group["name"]]
-            if isinstance(rule, Baseline):
-                self.state.update(self.guests.step(group))
-                continue
-            named = (self._params[name] for name in group["names"])
-            params = [p for p in named if p.grad is not None]
-            if isinstance(rule, AdamW) and params and float(group["lr"]) != 0.0:
-                rule.step(
-                    [local(p) for p in params],
-                    [grad_of(p) for p in params],
-                    [{k: local(v) for k, v in self.state[p].items()} for p in params],
-                    float(group["lr"]),
-                )
-
-    @torch.no_grad()
-    def clip_entries_(self, max_norm: float) -> Tensor | None:
-        """Clip the gradients of element-wise groups to a global 2-norm; return the norm before.
-
-        Steepest directions are scale invariant, so only the other groups are clipped. The norm is
-        exact whatever meshes the parameters lie on: each square is divided by the number of ranks
-        that hold a copy, and one sum goes over all ranks. None when no group is element-wise.
-        """
-        found: dict[str, Tensor] = {}
-        for group in self._groups:
-            if not isinstance(self.rules[group["name"]], Rule):
-                for name in group["names"]:
-                    if self._params[name].grad is not None:
-                        found[name] = grad_of(self._params[name])
-        if not found:
-            return None
-        squares = []
-        for name, grad in found.items():
-            copies = holding(self._layouts[name]).shares(self._arena.rank)
-            squares.append(grad.float().square().sum() / copies)
-        total = torch.stack(squares).sum()
-        if self._arena.group is not None:
-            dist.all_reduce(total, group=self._arena.group)
-        norm = total.sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in found.values():
-            grad.mul_(scale)
-        return norm
-
-    def _held(self) -> Iterable[tuple[str, Tensor]]:
-        """What the param groups hold at the moment: under DeepSpeed not all of it."""
-        for group in self.param_groups:
-            yield from zip(group["names"], group["params"], strict=False)
-
-    def _check_places(self) -> None:
-        """Refuse to step parameters that have moved since the plan was made.
+    def _admit(self, active: Sequence[Active]) -> bool:
+        """Whether this step is to be taken: all ranks agree.
 
         Raises:
-            UsageError: names the parameter, how it lay and how it lies.
+            FloatingPointError: a gradient that is not finite, unless such steps are skipped.
         """
-        for name, param in self._held():
-            if (found := signature(param)) != (planned := self._signatures[name]):
-                was, now = (", ".join(map(str, one)) for one in (planned, found))
-                raise UsageError(
-                    f"parameter '{name}' was planned as {was} and is now {now}: weights may "
-                    "not be moved, resharded or replaced after the optimizer was made; make it "
-                    "after fully_shard, parallelize_module and .to(device)"
-                )
+        still = all(float(one.group["lr"]) == 0.0 for one in active)
+        if self.nonfinite == "ignore" and not still:
+            return True
+        largest, bad = largest_gradient(active, self.ranks)
+        if still and largest == 0.0:
+            return False
+        if math.isfinite(largest) or self.nonfinite == "ignore":
+            return True
+        if self.nonfinite == "skip":
+            self.skipped += 1
+            return False
+        where = f"of '{bad[0]}' and {len(bad) - 1} more" if bad else "on another rank"
+        raise FloatingPointError(
+            f"a gradient {where} is not finite: nothing was stepped, weights and state are as they "
+            "were. Lower the learning rate, or set HybridOptimizer(nonfinite='skip') "
+            "(optim.nonfinite=skip) to leave out such steps"
+        )
+
+    def _fold(self, everyone: Sequence[Active]) -> Step:
+        """Fold the gradients into the momenta; what the exchange then works on."""
+        step = Step(self.ranks.rank, self._sharding.reproducible, self.readings)
+        for one in everyone:
+            if isinstance(one.rule, Rule):
+                step.fold(one, self.state)
+        return step
+
+    def _step_entries(self, active: Sequence[Active]) -> None:
+        """Clip and step what is not stepped as matrices."""
+        entries = [one for one in active if isinstance(one.rule, EntryRule)]
+        if self.max_norm and entries:
+            shares = {
+                name: holding(self.layouts[name]).shares(self.ranks.rank)
+                for one in entries
+                for name in one.names
+            }
+            self.entry_norm = clip(entries, self.max_norm, shares, self.ranks)
+        for one in entries:
+            states = [self.state[param] for param in one.params]
+            one.rule.step(one.group, one.params, one.grads, states)  # type: ignore[union-attr]
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's; param groups have "param_names"."""
+        self._refresh()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take state and numbers of the parameters of the same names, into tensors of one's own.
+
+        Nothing is changed unless all of it fits. Every rank must call.
+
+        Raises:
+            UsageError: other parameters, another rule's state, a state dict without names.
+        """
+        self._refresh()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        states, groups = saved_by_name(state_dict)
+        check_names({bare(n): p.requires_grad for _, n, p in self._named()}, groups)
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        for group, name, param in self._named():
+            if (saved := states.get(bare(name))) is None:
+                continue
+            check_rule(name, self.rules[group["name"]].name, groups[bare(name)])
+            loaded[param] = self._new_state(group, name, param)
+            if loaded[param]:
+                fill(name, loaded[param], saved)
+            else:  # another package's, which makes its state as it steps
+                loaded[param] = copy.deepcopy(dict(saved))
+        self.state.update(loaded)
+        for group in self.param_groups:
+            load_group(group, state_dict["param_groups"], bare(group["param_names"][0]))
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this process: the exchange is planned again when needed."""
+        names = ("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings", "_infos")
+        names += ("_per_head", "_momentum", "_sharding", "_joining")
+        kept = {name: self.__dict__[name] for name in names}
+        here = {"_mesh": _Here(self._mesh), "_placement": _Here(self._placement)}
+        return {**super().__getstate__(), **kept, **here}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Nothing is planned until it is asked for."""
+        super().__setstate__(state)
+        self._mesh, self._placement = state["_mesh"].value, state["_placement"].value
+        self._exchange, self._seen, self._adjusted, self._layouts = None, {}, {}, {}
+
+
+class _Here:
+    """A value that copies share, and that does not leave the process."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> "_Here":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Here, ()

@@ -1,17 +1,16 @@
 """From parameters and rules to the matrices that a plan is made of."""
 
 import math
+from collections.abc import Iterable, Mapping
 
 from geon.errors import UsageError
-from geon.optim.adamw import AdamW
-from geon.optim.baselines import Baseline
-from geon.optim.norms.rownorm import RowWise
+from geon.optim.entries import EntryRule
 from geon.optim.roles import Block, ParamInfo
 from geon.optim.rule import Rule
-from geon.optim.shard import Layout, Matrix, Region, Sums, Transport
+from geon.optim.shard import Layout, Matrix, Plan, Region, Sharding, Sums, make_plan
 
 
-def check_per_head(rule: Rule | AdamW | Baseline, per_head: bool, where: str) -> None:
+def check_per_head(rule: Rule | EntryRule, per_head: bool, where: str) -> None:
     """Refuse blocks for a rule that has no matrices.
 
     Raises:
@@ -55,7 +54,7 @@ def _typical_singular_value(rule: Rule, shape: tuple[int, int]) -> float:
 
 def matrices_of(
     info: ParamInfo,
-    name: str,
+    route: str,
     rule: Rule,
     layout: Layout,
     per_head: bool = False,
@@ -69,7 +68,7 @@ def matrices_of(
                 param=info.name,
                 box=Region(block.rows, block.cols),
                 layout=layout,
-                rule=name,
+                route=route,
                 reach=rule.reach,
                 operands=2 if rule.needs_weight else 1,
                 wire_bytes=wire_bytes,
@@ -78,9 +77,10 @@ def matrices_of(
                 orthogonalizes=rule.orthogonalizes,
                 scale=block_scale(rule, block),
                 sums=sums_of(rule, block.shape),
-                row_state=rule.second_moment > 0,
+                row_states=len(rule.row_states),
             )
             for block in info.blocks(per_head)
+            if block.shape[0] * block.shape[1]
         ]
     except ValueError as error:
         raise UsageError(f"parameter '{info.name}': {error}") from None
@@ -88,15 +88,34 @@ def matrices_of(
 
 def sums_of(rule: Rule, shape: tuple[int, int]) -> Sums | None:
     """What a step of this rule needs sums of, if it can do with sums."""
-    if isinstance(rule.norm, RowWise) and not rule.manifold.constrains:
-        return Sums(Transport.NORMS, down=2, up=1, owner_flops=0, shared_flops=rule.flops(shape))
+    if rule.row_form is not None:
+        return Sums("norms", down=2, up=1, owner_flops=0, shared_flops=rule.flops(shape))
     form, short = rule.gram_form(shape), min(shape)
-    if form is None or rule.even_rows:  # lengths of rows are not among the sums
+    if form is None:
         return None
     return Sums(
-        Transport.GRAM,
+        "gram",
         form.down(short),
         form.up(short),
         form.owner_flops(shape),
         form.shared_flops(shape),
     )
+
+
+def plan_of(
+    members: Iterable[tuple[ParamInfo, str, Rule, bool]],
+    layouts: Mapping[str, Layout],
+    sharding: Sharding,
+    device: str,
+) -> Plan:
+    """The plan of parameters that lie as `layouts` says.
+
+    members: (parameter, route, rule, per_head), those of steepest rules alone.
+    device: kind of device that computes.
+    """
+    matrices: list[Matrix] = []
+    for info, route, rule, per_head in members:
+        matrices += matrices_of(
+            info, route, rule, layouts[info.name], per_head, sharding.wire_bytes, device
+        )
+    return make_plan(matrices, sharding)

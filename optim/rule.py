@@ -1,31 +1,59 @@
-"""How one matrix is stepped: momentum x norm x manifold, with a radius and a decay."""
+"""How one matrix is stepped: momentum x norm x manifold x finishes x decay."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from geon.errors import UsageError
+from geon.optim.finishes import EvenRows, Finish, Move, RowMoments
 from geon.optim.manifolds import Euclidean, Manifold
-from geon.optim.norms import Norm, Reach, Spectral
-from geon.optim.solvers import GramForm, Ladder, Solution, Solver, gram_form, steepest
+from geon.optim.norms import Norm, Reach, RowWise, Spectral
+from geon.optim.solvers import (
+    GramForm,
+    Ladder,
+    RowForm,
+    Solution,
+    Solver,
+    gram_form,
+    steepest,
+)
+
+
+class Stepped(NamedTuple):
+    """What a step of whole matrices gives.
+
+    Attributes:
+        result: directions (batch, d_out, d_in); new weights where the rule needs the weight.
+        rows: the finishes' row states after the step, (batch, d_out) each.
+        solution: of the solver, before the finishes.
+    """
+
+    result: Tensor
+    rows: tuple[Tensor, ...]
+    solution: Solution
 
 
 @dataclass(frozen=True)
 class Rule:
-    """weight <- retract((1 - lr * decay) weight - lr * length * direction).
+    """weight <- retract((1 - lr * decay) weight - lr * length * finish(direction)).
 
     direction = argmax <momentum, D>, norm(D) <= 1, D tangent at the weight. length is `radius` in
     Euclidean space; on a manifold it makes lr the angle by which a full direction turns the weight.
     The momentum is ambient: it is projected where it is used, never transported. With the names of
     the field:
 
-    - Muon = Spectral x Euclidean, with decay; NorMuon = the same with second_moment.
+    - Muon = Spectral x Euclidean, with decay; NorMuon = the same with RowMoments.
     - Unconstrained Scion = any norm x Euclidean. Scion = the same with decay 1: a Frank-Wolfe step
       in the ball of this radius.
     - SignSGD = Sign x Euclidean; normalized SGD = Frobenius x Euclidean.
     - Manifold Muon = Spectral x Stiefel. Hyperspherical descent = Frobenius x Hypersphere.
       MuonH = Spectral x FrobeniusSphere. Spectral sphere optimizer = Spectral x SpectralSphere.
+
+    A rule is all there is to the mathematics of a step; transports ask it what must be whole where
+    (`reach`, `needs_weight`, `row_states`), and whether sums would do (`gram_form`, `row_form`).
 
     Attributes:
         norm: in which the step is steepest.
@@ -35,10 +63,9 @@ class Rule:
         radius: norm of the step at lr 1 in Euclidean space; a manifold has a radius of its own.
         decay: decoupled weight decay, per unit of lr.
         ladder: which solver, for the spectral norm on Stiefel.
-        second_moment: fraction kept of a running mean square of each row of the direction, by whose
-            root the rows are divided (Z. Li et al., NorMuon, arXiv 2510.05491); 0 does nothing.
-        even_rows: give all rows of the direction one length, without any state: what second_moment
-            does when it keeps nothing.
+        finishes: what is done to a direction, one after the other.
+        second_moment: short for RowMoments(second_moment) as the last finish; 0 for none.
+        even_rows: short for EvenRows() as the last finish.
     """
 
     norm: Norm
@@ -48,33 +75,79 @@ class Rule:
     radius: float = 1.0
     decay: float = 0.0
     ladder: Ladder = field(default_factory=Ladder)
-    second_moment: float = 0.0
-    even_rows: bool = False
+    finishes: tuple[Finish, ...] = ()
+    second_moment: InitVar[float] = 0.0
+    even_rows: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, second_moment: float, even_rows: bool) -> None:
+        finishes = tuple(self.finishes)
+        try:
+            if second_moment:
+                finishes += (RowMoments(second_moment),)
+            if even_rows:
+                finishes += (EvenRows(),)
+            object.__setattr__(self, "finishes", finishes)
+            self._check()
+            for finish in finishes:
+                finish.check(self.norm, self.manifold, self.decay)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        self._derive()
+
+    def _derive(self) -> None:
+        object.__setattr__(self, "_tail", _entrywise_from(self.finishes))
+        settling = tuple(finish for finish in self.finishes if finish.settles)
+        object.__setattr__(self, "_settling", settling)
+        object.__setattr__(self, "_solver", steepest(self.norm, self.manifold, self.ladder))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._derive()
+
+    def _check(self) -> None:
+        if not 0.0 <= self.momentum < 1.0:
+            raise UsageError(f"momentum {self.momentum} is the fraction kept: it must be in [0, 1)")
+        if not 0.0 <= self.decay < float("inf"):
+            raise UsageError(f"weight_decay {self.decay} must be 0 or more")
         if self.decay and self.manifold.removes_decay:
             raise UsageError(
                 f"weight decay {self.decay} on {type(self.manifold).__name__}: the weight is "
                 "normal to the manifold, so the retraction removes the decay exactly; "
                 "set weight_decay to 0, and choose the size of the weight by radius"
             )
-        for name, kept in (("momentum", self.momentum), ("second_moment", self.second_moment)):
-            if not 0.0 <= kept < 1.0:
-                raise UsageError(f"{name} {kept} is the fraction kept: it must be in [0, 1)")
-        if self.second_moment and not self._free_polar:
-            raise UsageError(
-                f"second_moment {self.second_moment} divides the rows of a polar factor: it needs "
-                "norm=spectral and manifold=euclidean or spectral_ball, not "
-                f"{type(self.norm).__name__} x {type(self.manifold).__name__}"
-            )
-        if self.even_rows and (self.second_moment or not self._free_polar):
-            raise UsageError(
-                "even_rows gives the rows of a polar factor one length: it needs norm=spectral, "
-                "manifold=euclidean or spectral_ball, and second_moment 0, not "
-                f"{type(self.norm).__name__} x {type(self.manifold).__name__} with second_moment "
-                f"{self.second_moment}"
-            )
-        object.__setattr__(self, "_solver", steepest(self.norm, self.manifold, self.ladder))
+        kinds = [type(finish) for finish in self.finishes]
+        for finish in self.finishes:
+            if kinds.count(type(finish)) > 1 or {RowMoments, EvenRows} <= set(kinds):
+                raise UsageError(
+                    "even_rows and second_moment both set the lengths of rows, and a finish acts "
+                    f"once: keep one of {', '.join(f.describe() for f in self.finishes)}"
+                )
+            if not (finish.keeps_tangent or self.manifold.flat):
+                raise UsageError(
+                    f"{finish.describe()} would turn directions off the tangent space of "
+                    f"{type(self.manifold).__name__}: it needs manifold=euclidean or spectral_ball"
+                )
+
+    def adjusted(self, momentum: float, nesterov: bool, decay: float) -> "Rule":
+        """The same rule with other numbers, as a param group has them at a step.
+
+        Raises:
+            UsageError: a number that the rule does not take.
+        """
+        rule = object.__new__(Rule)
+        rule.__dict__.update(self.__dict__, momentum=momentum, nesterov=nesterov, decay=decay)
+        rule._check()
+        return rule
+
+    # What a step needs, for the planner.
+
+    @property
+    def name(self) -> str:
+        """Norm and manifold: what state can be carried over between."""
+        return f"{type(self.norm).__name__} x {type(self.manifold).__name__}"
 
     @property
     def solver(self) -> Solver:
@@ -83,19 +156,27 @@ class Rule:
         return solver
 
     @property
-    def _free_polar(self) -> bool:
-        """Whether directions are polar factors that no tangent space bends."""
-        return self.manifold.flat and self.orthogonalizes
+    def _head(self) -> tuple[Finish, ...]:
+        """Finishes that act where directions are computed."""
+        return self.finishes[: self._tail]  # type: ignore[attr-defined]
 
     @property
     def needs_weight(self) -> bool:
-        """Whether the direction depends on the weight (then both must be whole on a rank)."""
-        return self.manifold.constrains
+        """Whether the weight must be whole beside the update; the step then gives new weights."""
+        return self.manifold.constrains or any(
+            finish.needs_weight or finish.settles for finish in self._head
+        )
 
     @property
     def reach(self) -> Reach:
         """How much of a matrix must be whole on a rank."""
-        return Reach.MATRIX if self.manifold.constrains else self.norm.reach
+        own = Reach.MATRIX if self.manifold.constrains else self.norm.reach
+        return max([own, *(finish.reach for finish in self.finishes)])
+
+    @property
+    def row_states(self) -> tuple[str, ...]:
+        """Names of the numbers a row that its finishes keep."""
+        return tuple(finish.row_state for finish in self.finishes if finish.row_state)
 
     @property
     def orthogonalizes(self) -> bool:
@@ -108,12 +189,33 @@ class Rule:
 
     def gram_form(self, shape: tuple[int, int]) -> GramForm | None:
         """The step of a matrix of this shape from sums over its long side, where there is one."""
+        if self._head:  # a finish looks at rows, or at all of the direction: no sum has them
+            return None
         return gram_form(self.norm, self.manifold, self.ladder, shape)
+
+    @property
+    def row_form(self) -> RowForm | None:
+        """The step of pieces of rows from the lengths of whole rows, where that suffices."""
+        if self._head or self.manifold.constrains or not isinstance(self.norm, RowWise):
+            return None
+        return RowForm(self.norm)
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of a direction and, on Stiefel, of one step of the retraction."""
+        return self.solver.flops(shape) + self.manifold.flops(shape)
+
+    # The step.
 
     def average(self, grad: Tensor, buffer: Tensor) -> Tensor:
         """Fold `grad` into `buffer` in place; return what the direction is taken of."""
-        buffer.lerp_(grad, 1.0 - self.momentum)
-        return grad.lerp(buffer, self.momentum) if self.nesterov else buffer
+        return self.average_all([grad], [buffer])[0]
+
+    def average_all(self, grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> list[Tensor]:
+        """`average` for many tensors of one dtype at once."""
+        torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
+        if self.nesterov:
+            return list(torch._foreach_lerp(grads, buffers, self.momentum))
+        return list(buffers)
 
     def solve(
         self, update: Tensor, weight: Tensor | None, shape: tuple[int, int] | None = None
@@ -122,9 +224,43 @@ class Rule:
 
         weight: needed on a manifold. shape: of the logical matrix, when `update` is a shard.
         """
-        if weight is None:
+        if not self.manifold.constrains:
             return Solution(self.norm.lmo(update, shape))
+        assert weight is not None
         return self.solver(update, weight)
+
+    def step(
+        self,
+        update: Tensor,
+        weight: Tensor | None,
+        lr: float,
+        shape: tuple[int, int],
+        scale: float = 1.0,
+        rows: Sequence[Tensor] = (),
+    ) -> Stepped:
+        """Directions, or new weights where the rule needs them, of a batch of matrices or pieces.
+
+        A rule reads the size of a matrix off its shape, but a head's block has the size that it
+        has in the whole matrix (`block_scale`). So the rule steps it in units of its scale: a
+        direction is multiplied by it; a weight is divided by it before, and multiplied after.
+
+        Shapes: update, weight (batch, rows, cols), of the matrix of `shape` or, as `reach` allows,
+            pieces of it. rows: the finishes' states, (batch, d_out) each.
+        """
+        unit = weight if weight is None or scale == 1.0 else weight / scale
+        solution = self.solve(update, unit, shape)
+        move = self._move(shape, lr)
+        if not self.needs_weight:
+            direction, kept = _finish(self._head, solution.direction, None, rows, move)
+            return Stepped(direction if scale == 1.0 else direction * scale, kept, solution)
+        assert weight is not None and unit is not None
+        direction, kept = _finish(self.finishes, solution.direction, unit, rows, move)
+        moved = self.move(unit, direction, lr)
+        for finish in self._settling:  # type: ignore[attr-defined]
+            moved = finish.settle(unit, moved)
+        if scale != 1.0:
+            moved = weight.where(moved == unit, moved * scale)  # no rounding of what stays
+        return Stepped(moved, kept, solution)
 
     def length(self, shape: tuple[int, ...]) -> float:
         """Norm of the step at lr 1 for a matrix of this shape."""
@@ -137,59 +273,88 @@ class Rule:
 
         The second half matters: a retraction of an unmoved weight would still round it.
         """
-        if not self.manifold.constrains:
-            kept = (1.0 - lr * self.decay) * weight if self.decay else weight
-            return torch.add(kept, direction, alpha=-lr * self.radius)
+        decay = self._own_decay
         step = lr * self.length(weight.shape)
-        moved = self.manifold.retract((1.0 - lr * self.decay) * weight - step * direction, lr)
-        if self.decay:
+        kept = (1.0 - lr * decay) * weight if decay else weight
+        moved = torch.sub(kept, direction, alpha=step)
+        if not self.manifold.constrains:
+            return moved
+        moved = self.manifold.retract(moved, lr)
+        if decay:
             return moved
         still = (direction == 0).flatten(-2).all(dim=-1)[..., None, None]
         return weight.where(still, moved)
 
-    def move_(self, weight: Tensor, direction: Tensor, lr: float) -> None:
-        """`move` in place, in Euclidean space; only fp32 weights can do without a copy."""
-        if weight.dtype != direction.dtype:
-            weight.copy_(self.move(weight, direction, lr))
+    def write(
+        self,
+        weights: Sequence[Tensor],
+        results: Sequence[Tensor],
+        lr: float,
+        shape: tuple[int, int],
+    ) -> None:
+        """Take results, or pieces of them, into weights (rows, cols) in place; all at once.
+
+        shape: of the matrices that these are pieces of.
+        """
+        if self.needs_weight:
+            torch._foreach_copy_(list(weights), list(results))
             return
-        if self.decay:
-            weight.mul_(1.0 - lr * self.decay)
-        weight.add_(direction, alpha=-lr * self.radius)
+        if tail := self.finishes[len(self._head) :]:
+            move = self._move(shape, lr)
+            results = [
+                _finish(tail, result, weight.float(), (), move)[0]
+                for weight, result in zip(weights, results, strict=True)
+            ]
+        if weights[0].dtype != results[0].dtype:  # a step smaller than half a digit must not vanish
+            for weight, result in zip(weights, results, strict=True):
+                weight.copy_(self.move(weight.float(), result, lr))
+            return
+        if decay := self._own_decay:
+            torch._foreach_mul_(list(weights), 1.0 - lr * decay)
+        torch._foreach_add_(list(weights), list(results), alpha=-lr * self.radius)
 
-    def divide_rows(self, direction: Tensor, second: Tensor) -> Tensor:
-        """NorMuon's step: divide rows by the root of their running mean square, keep ||D||_F.
+    @property
+    def _own_decay(self) -> float:
+        """Decay that no finish takes over."""
+        return 0.0 if any(finish.decays for finish in self.finishes) else self.decay
 
-        Shapes: direction (d_out, d_in) whole; second (d_out,), updated in place.
-        """
-        second.lerp_(direction.square().mean(dim=-1), 1.0 - self.second_moment)
-        divided = direction / second.sqrt().clamp_min(1e-12).unsqueeze(-1)
-        size = divided.norm()
-        return divided * (direction.norm() / size.clamp_min(1e-30))
-
-    def level_rows(self, direction: Tensor) -> Tensor:
-        """Directions (..., d_out, d_in) whose rows have one length, and ||D||_F as before.
-
-        A row that is zero stays zero.
-        """
-        lengths = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-        mean = lengths.square().mean(dim=-2, keepdim=True).sqrt()
-        return direction * (mean / lengths).where(lengths > 0, torch.zeros_like(lengths))
-
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of a direction and, on Stiefel, of one step of the retraction."""
-        return self.solver.flops(shape) + self.manifold.flops(shape)
+    def _move(self, shape: tuple[int, int], lr: float) -> Move:
+        return Move(lr, self.length(shape), self.decay, shape, self.norm.extent(shape))
 
     def describe(self) -> str:
         """One line for tables."""
-        parts = [f"{type(self.norm).__name__} x {type(self.manifold).__name__}"]
+        parts = [self.name]
         parts.append(f"momentum {self.momentum:g}{' nesterov' if self.nesterov else ''}")
         parts.append(f"radius {getattr(self.manifold, 'radius', self.radius):g}")
         if self.decay:
             parts.append(f"decay {self.decay:g}")
-        if self.even_rows:
-            parts.append("even rows")
-        if self.second_moment:
-            parts.append(f"second moment {self.second_moment:g}")
+        parts += [finish.describe() for finish in self.finishes]
         if self.solver.name:
             parts.append(self.solver.name)
         return ", ".join(parts)
+
+
+def _entrywise_from(finishes: Sequence[Finish]) -> int:
+    """Where the entry-wise finishes at the end of the chain begin."""
+    at = len(finishes)
+    while at and finishes[at - 1].reach is Reach.ENTRY and not finishes[at - 1].settles:
+        at -= 1
+    return at
+
+
+def _finish(
+    finishes: Sequence[Finish],
+    direction: Tensor,
+    weight: Tensor | None,
+    rows: Sequence[Tensor],
+    move: Move,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The chain; row states are taken from `rows` in order."""
+    states, kept = iter(rows), []
+    for finish in finishes:
+        if finish.row_state:
+            direction, state = finish.direct_with(direction, next(states))
+            kept.append(state)
+        else:
+            direction = finish.direct(direction, weight, move)
+    return direction, tuple(kept)

@@ -1,44 +1,59 @@
-"""Where a parameter's numbers lie on this rank: its piece, its gradient, its storage."""
+"""Whole parameters and pieces of them: gathered, laid out, measured."""
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from geon.errors import UsageError
+from geon.optim.shard import Flat, Layout, Ranks
+from geon.optim.step import local, view
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's piece of a DTensor; a plain tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
+def check_contiguous(name: str, param: Tensor) -> None:
+    """Refuse storage that is no plain sequence of rows.
 
-
-def grad_of(param: Tensor) -> Tensor:
-    """This rank's piece of a gradient, laid out like its parameter."""
-    grad: Any = param.grad
-    placements = getattr(param, "placements", None)
-    if placements is not None and grad.placements != placements:
-        grad = grad.redistribute(placements=placements)
-    return local(grad)
-
-
-def flat(name: str, param: Tensor) -> Tensor:
-    """Storage of this rank's weights as a vector; no copy."""
-    own = local(param).detach()
+    Raises:
+        UsageError: names the parameter.
+    """
+    own = local(param)
     if not own.is_contiguous():
         raise UsageError(
             f"parameter '{name}': its local weights of shape {tuple(own.shape)} have strides "
             f"{own.stride()}: make them contiguous before the optimizer is made"
         )
-    return own.view(-1)
 
 
-def signature(param: Any) -> tuple[Any, ...]:
-    """How a parameter lies: what may not change after the plan was made."""
-    place = (tuple(param.shape), param.dtype, param.device.type)
-    if hasattr(param, "placements"):
-        return (*place, param.placements, param.device_mesh)
-    return place
+@torch.no_grad()
+def whole(param: Any, layout: Layout | None = None, group: Any = None) -> Tensor:
+    """The whole of a parameter; every rank must call where it is cut.
+
+    layout, group: of a run of the flattened parameter that a framework handed over.
+    """
+    own = param.detach()
+    if isinstance(layout, Flat):
+        parts = [torch.empty_like(own) for _ in range(layout.ranks)]
+        dist.all_gather(parts, own, group=group)
+        return torch.cat(parts)[: layout.shape[0] * layout.shape[1]].view(layout.shape)
+    return own.full_tensor() if hasattr(own, "full_tensor") else own
+
+
+@torch.no_grad()
+def lay(whole: Tensor, param: Any, layout: Layout | None = None, rank: int = 0) -> None:
+    """Write this rank's piece of a whole tensor into a parameter, or into what is laid out like it.
+
+    layout, rank: where the parameter does not say itself how it lies.
+    """
+    if layout is None:
+        if not hasattr(param, "placements"):
+            param.copy_(whole.view(param.shape))
+            return
+        ranks = Ranks.of([("it", param)])
+        layout, rank = ranks.layout("it", param), ranks.rank
+    stored, given = local(param).detach(), whole.reshape(layout.shape)
+    for piece in layout.pieces(rank):
+        view(stored, piece).copy_(given[piece.region.slices])
 
 
 def bytes_of(value: Any) -> int:

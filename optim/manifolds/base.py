@@ -1,10 +1,8 @@
 """What a manifold must offer for weights to live on it: a small verb set on whole matrices."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor
 
 
@@ -27,7 +25,7 @@ class Manifold(ABC):
     def length(self, shape: tuple[int, ...]) -> float:
         """Frobenius norm of a point of this shape, as stored.
 
-        Where points differ in it, that of the point that `init` draws.
+        Where points differ in it, that of a typical starting point.
         """
 
     @abstractmethod
@@ -62,32 +60,9 @@ class Manifold(ABC):
         """FLOPs of one retraction; 0 where it is element-wise."""
         return 0
 
-    def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Draw the point where training starts: any point, unless the manifold says otherwise."""
-        return self.random_point(shape, generator)
-
-    def mean(self, points: Tensor, shares: Sequence[float] | Tensor | None = None) -> Tensor:
-        """Weighted mean of points, brought back by `project`.
-
-        Averages over steps and merges of checkpoints leave a curved manifold: the mean of two
-        rotations is shorter than a rotation.
-
-        Shapes: points (count, ..., d_out, d_in); shares (count,), equal when None. Only their
-        ratios matter.
-        Returns: (..., d_out, d_in) in the dtype of the points; the mean is taken in float64.
-
-        Raises:
-            ValueError: bad shares; or a mean with no nearest point, such as that of W and -W.
-        """
-        weights = torch.ones(len(points)) if shares is None else torch.as_tensor(shares)
-        weights = weights.to(points.device, torch.float64)
-        if weights.shape != points.shape[:1] or not bool((weights >= 0).all() & weights.any()):
-            raise ValueError(
-                f"the mean of {len(points)} points needs as many shares, none of them negative "
-                f"and not all zero; got {weights.tolist()}"
-            )
-        mean = torch.tensordot(weights / weights.sum(), points.double(), dims=1)
-        return self.project(mean).to(points.dtype)
+    def distance(self, weight: Tensor) -> Tensor:
+        """`residual`, or something within a few per cent of it that costs products alone."""
+        return self.residual(weight)
 
 
 def check_radius(manifold: Manifold, radius: float) -> None:
@@ -96,8 +71,3 @@ def check_radius(manifold: Manifold, radius: float) -> None:
         raise ValueError(
             f"radius of the {type(manifold).__name__} manifold must be positive, got {radius}"
         )
-
-
-def gaussian(shape: tuple[int, int], generator: Generator) -> Tensor:
-    """Standard normal matrix, drawn on the generator's device."""
-    return torch.randn(shape, generator=generator, device=generator.device)

@@ -1,12 +1,13 @@
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.manifolds.base import Manifold, check_radius, gaussian
+from geon.optim.linalg import gaussian, orient, orient_like, unit_frobenius
+from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.manifolds.sphere import refuse_zero_vectors
-from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE, Stiefel, orient, orient_like
-from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE, Stiefel
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class DGram(Manifold):
 
     def length(self, shape: tuple[int, ...]) -> float:
         """Frobenius norm of the starting point; training changes it."""
-        return Stiefel(self.radius).length(shape)
+        return self.radius * math.sqrt(shape[-2] / shape[-1] * min(shape[-2:]))
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
         """V - W S, S symmetric with zero diagonal, S_ij = (W^T V + V^T W)_ij / (d_i^2 + d_j^2).
@@ -58,13 +59,9 @@ class DGram(Manifold):
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
         """Uniform directions, log-normal lengths around the starting one."""
-        point = self.init(shape, generator)
+        point = Stiefel(self.radius).random_point(shape, generator)
         short = (1, shape[1]) if shape[0] >= shape[1] else (shape[0], 1)
         return point * torch.exp(0.3 * gaussian(short, generator))
-
-    def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Uniform on the Stiefel manifold of the same radius: all lengths equal."""
-        return Stiefel(self.radius).random_point(shape, generator)
 
     def project(self, weight: Tensor) -> Tensor:
         """Polar factor of the unit columns, at the lengths of the columns; float64.

@@ -2,7 +2,8 @@ import math
 
 from torch import Generator, Tensor
 
-from geon.optim.manifolds.base import Manifold, gaussian
+from geon.optim.linalg import gaussian
+from geon.optim.manifolds.base import Manifold
 
 
 class Euclidean(Manifold):
@@ -12,7 +13,7 @@ class Euclidean(Manifold):
     flat = True
 
     def length(self, shape: tuple[int, ...]) -> float:
-        """sqrt(d_out d_in), about the norm of the standard normal matrix that `init` draws."""
+        """sqrt(d_out d_in), about the norm of the standard normal matrix that is drawn."""
         return math.sqrt(shape[-2] * shape[-1])
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.manifolds.base import Manifold, check_radius, gaussian
+from geon.optim.linalg import gaussian, unit_frobenius
+from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.manifolds.sphere import refuse_zero_vectors, remove_along
-from geon.optim.polar.iterate import unit_frobenius
 
 AXES = {"rows": -1, "columns": -2}
 

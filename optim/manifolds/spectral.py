@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.manifolds.base import Manifold, check_radius, gaussian
+from geon.optim.linalg import Precision, eye, gaussian, orient, orient_like, sym, unit_frobenius
+from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.manifolds.sphere import refuse_zero_vectors
-from geon.optim.manifolds.stiefel import Stiefel, orient, orient_like, sym
 from geon.optim.polar.iterate import polar as polar_iterate
-from geon.optim.polar.iterate import unit_frobenius
-from geon.optim.polar.precision import Precision
 
 PolarFactor = Callable[[Tensor], Tensor]
 """A batch (..., d_out, d_in) -> its polar factors; zero in, zero out."""
@@ -35,6 +33,11 @@ class _Spectral(Manifold):
         """Largest singular value allowed: radius * sqrt(d_out/d_in)."""
         return self.radius * math.sqrt(shape[-2] / shape[-1])
 
+    def top(self, weight: Tensor) -> Tensor:
+        """||W||_2 over the bound, up to the error of `top_pair`."""
+        u, v = top_pair(weight)
+        return (u * (weight @ v)).sum(dim=(-2, -1)) / self.bound(weight.shape)
+
 
 @dataclass(frozen=True)
 class SpectralBall(_Spectral):
@@ -47,7 +50,7 @@ class SpectralBall(_Spectral):
 
     def length(self, shape: tuple[int, ...]) -> float:
         """Frobenius norm of the starting point, all singular values at the bound."""
-        return Stiefel(self.radius).length(shape)
+        return self.bound(shape) * math.sqrt(min(shape[-2:]))
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
         """Every vector: inside the ball there is no constraint.
@@ -84,14 +87,14 @@ class SpectralBall(_Spectral):
         excess = torch.linalg.matrix_norm(weight, 2) / self.bound(weight.shape) - 1.0
         return excess.clamp(min=0.0)
 
+    def distance(self, weight: Tensor) -> Tensor:
+        """The same by power iterations."""
+        return (self.top(weight) - 1.0).clamp(min=0.0)
+
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
         """Gaussian with its largest singular values, a few of them, cut off by the bound."""
         size = 1.25 * self.bound(shape) / (math.sqrt(shape[0]) + math.sqrt(shape[1]))
         return self.project(gaussian(shape, generator) * size)
-
-    def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """All singular values at the bound (boundary initialisation)."""
-        return Stiefel(self.radius).random_point(shape, generator)
 
     def project(self, weight: Tensor) -> Tensor:
         """Clip the singular values, by SVD in float64 where one may be above the bound."""
@@ -141,6 +144,10 @@ class SpectralSphere(_Spectral):
     def residual(self, weight: Tensor) -> Tensor:
         """| ||W||_2 / bound - 1 |. Cost: one SVD, so that errors of `top_pair` show."""
         return (torch.linalg.matrix_norm(weight, 2) / self.bound(weight.shape) - 1.0).abs()
+
+    def distance(self, weight: Tensor) -> Tensor:
+        """The same by power iterations."""
+        return (self.top(weight) - 1.0).abs()
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
         """Gaussian, scaled."""
@@ -218,7 +225,7 @@ def hard_cap(weight: Tensor, bound: float, polar: PolarFactor = _cap_polar) -> T
     """
     w = orient(weight)
     u = polar(w)
-    eye = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    m = sym(u.mT @ w) - bound * eye
+    m = u.mT @ w
+    m = sym(m) - bound * eye(m)
     excess = sym(m + m @ polar(m)) * 0.5
     return orient_like(w - u @ excess, weight)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.manifolds.base import Manifold, check_radius, gaussian
-from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.linalg import gaussian, unit_frobenius
+from geon.optim.manifolds.base import Manifold, check_radius
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.manifolds.base import Manifold, check_radius, gaussian
+from geon.optim.linalg import eye, gaussian, multiply_add, orient, orient_like, sym
+from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.polar import polar_svd
-from geon.optim.polar.iterate import multiply_add
 
 # One cubic step turns an error delta of W^T W - I into (3/4) delta^2, and a tangent step of angle
 # eta leaves delta <= (4/3) eta^2. Up to 0.05 rad one step ends below 1e-5; above, take two.
 TWO_STEPS_ABOVE = 0.05
-
-
-def sym(x: Tensor) -> Tensor:
-    """Symmetric part of square matrices."""
-    return 0.5 * (x + x.mT)
-
-
-def skew(x: Tensor) -> Tensor:
-    """Skew part of square matrices."""
-    return 0.5 * (x - x.mT)
 
 
 @dataclass(frozen=True)
@@ -71,8 +61,8 @@ class Stiefel(Manifold):
     def residual(self, weight: Tensor) -> Tensor:
         """Largest entry of |U^T U - I|."""
         u = self.unit(weight)
-        eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
-        return (u.mT @ u - eye).abs().amax(dim=(-2, -1))
+        gram = u.mT @ u
+        return (gram - eye(gram)).abs().amax(dim=(-2, -1))
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
         """Uniform on the manifold."""
@@ -94,13 +84,3 @@ class Stiefel(Manifold):
 def tangent_unit(u: Tensor, vector: Tensor) -> Tensor:
     """Projection on the tangent space of the unit Stiefel manifold at tall u."""
     return vector - u @ sym(u.mT @ vector)
-
-
-def orient(x: Tensor) -> Tensor:
-    """Transpose wide matrices, so that the long side comes first."""
-    return x.mT if x.shape[-2] < x.shape[-1] else x
-
-
-def orient_like(x: Tensor, like: Tensor) -> Tensor:
-    """Undo `orient` for a tensor that belongs to `like`."""
-    return x.mT if like.shape[-2] < like.shape[-1] else x

@@ -1,10 +1,9 @@
 """Norms: one file each; the table below is the only registry."""
 
 from geon.optim.norms.base import Norm, Reach
-from geon.optim.norms.colnorm import ColNorm
 from geon.optim.norms.frobenius import Frobenius
 from geon.optim.norms.rms import RMS
-from geon.optim.norms.rownorm import RowNorm
+from geon.optim.norms.rows import ColNorm, RowNorm, RowWise
 from geon.optim.norms.sign import Sign
 from geon.optim.norms.spectral import Spectral
 
@@ -25,6 +24,7 @@ __all__ = [
     "Norm",
     "Reach",
     "RowNorm",
+    "RowWise",
     "Sign",
     "Spectral",
 ]

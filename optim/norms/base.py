@@ -1,15 +1,16 @@
-"""What a norm must offer to be stepped in: six verbs on whole matrices."""
+"""What a norm must offer to be stepped in."""
 
 from abc import ABC, abstractmethod
 from enum import IntEnum
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor
+
+from geon.optim.linalg import inner
 
 
 class Reach(IntEnum):
-    """How much of a matrix must be whole on one rank before its LMO can be taken."""
+    """How much of a matrix must be whole on one rank: for an LMO, a finish, a whole rule."""
 
     ENTRY = 0
     ROW = 1
@@ -28,11 +29,7 @@ class Norm(ABC):
 
     @abstractmethod
     def value(self, weight: Tensor) -> Tensor:
-        """Norm of each matrix of the batch."""
-
-    @abstractmethod
-    def dual(self, grad: Tensor) -> Tensor:
-        """Dual norm: the largest <grad, D> over the unit ball."""
+        """Norm of each matrix of the batch, (...)."""
 
     @abstractmethod
     def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
@@ -43,26 +40,17 @@ class Norm(ABC):
         """Draw a point of norm 1 (boundary initialisation)."""
 
     @abstractmethod
-    def project(self, weight: Tensor) -> Tensor:
-        """Nearest point of the unit ball in the Frobenius distance."""
-
-    @abstractmethod
     def extent(self, shape: tuple[int, ...]) -> float:
         """Largest Frobenius norm on the unit sphere: that of an LMO direction of full support.
 
-        lr * (Frobenius norm of the weight) / extent * lmo is then a step of angle lr.
+        lr * (Frobenius norm of the weight) / extent * lmo is then a step of angle lr, or less
+        where a direction is shorter.
         """
+
+    def dual(self, grad: Tensor) -> Tensor:
+        """Dual norm, (...): the largest <grad, D> over the unit ball, as the LMO attains it."""
+        return inner(grad, self.lmo(grad))[..., 0, 0]
 
     def flops(self, shape: tuple[int, int]) -> int:
         """FLOPs of one LMO; element-wise by default."""
         return 4 * shape[0] * shape[1]
-
-
-def gaussian(shape: tuple[int, int], generator: Generator) -> Tensor:
-    """Standard normal matrix, drawn on the generator's device."""
-    return torch.randn(shape, generator=generator, device=generator.device)
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<A, B> of each matrix of the batch."""
-    return (a * b).sum(dim=(-2, -1))

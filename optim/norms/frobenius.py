@@ -3,8 +3,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.norms.base import Norm, gaussian
-from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.linalg import gaussian, unit_frobenius
+from geon.optim.norms.base import Norm
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,3 @@ class Frobenius(Norm):
     def extent(self, shape: tuple[int, ...]) -> float:
         """1."""
         return 1.0
-
-    def project(self, weight: Tensor) -> Tensor:
-        """Shrink to norm 1 when above it."""
-        return weight / self.value(weight).clamp(min=1.0)[..., None, None]

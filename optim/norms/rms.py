@@ -4,8 +4,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.norms.base import Norm, gaussian
-from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.linalg import gaussian, unit_frobenius
+from geon.optim.norms.base import Norm
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,6 @@ class RMS(Norm):
     def extent(self, shape: tuple[int, ...]) -> float:
         """sqrt(n)."""
         return math.sqrt(_count(shape))
-
-    def project(self, weight: Tensor) -> Tensor:
-        """Shrink to RMS 1 when above it."""
-        return weight / self.value(weight).clamp(min=1.0)[..., None, None]
 
 
 def _count(shape: tuple[int, ...]) -> int:

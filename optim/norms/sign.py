@@ -36,8 +36,3 @@ class Sign(Norm):
     def extent(self, shape: tuple[int, ...]) -> float:
         """sqrt(d_out d_in) / d_in."""
         return math.sqrt(shape[-2] / shape[-1])
-
-    def project(self, weight: Tensor) -> Tensor:
-        """Clamp each entry."""
-        bound = 1.0 / weight.shape[-1]
-        return weight.clamp(-bound, bound)

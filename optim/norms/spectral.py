@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.norms.base import Norm, gaussian
+from geon.optim.linalg import gaussian
+from geon.optim.norms.base import Norm
 from geon.optim.polar import Polar
 
 SCALES = ("rms", "muon", "none")
@@ -57,11 +58,6 @@ class Spectral(Norm):
     def extent(self, shape: tuple[int, ...]) -> float:
         """The factor times sqrt(short side)."""
         return self.factor(shape) * math.sqrt(min(shape[-2:]))
-
-    def project(self, weight: Tensor) -> Tensor:
-        """Clip the singular values at the factor."""
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        return (u * s.clamp(max=self.factor(weight.shape)).unsqueeze(-2)) @ vh
 
     def flops(self, shape: tuple[int, int]) -> int:
         """FLOPs of one polar factor."""

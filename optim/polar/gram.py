@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from geon.optim.linalg import Precision, eye, ieee_products, product, sym, trace, unit_max
 from geon.optim.polar.coefficients import POLAR_EXPRESS, Coefficients, Triple
-from geon.optim.polar.iterate import POLAR_MARGIN, even_part, product, unit_frobenius, unit_max
-from geon.optim.polar.precision import Precision, ieee_products
+from geon.optim.polar.iterate import POLAR_MARGIN, even_part
 
 # Frobenius normalisation leaves ||R||_2 <= 1; 0.1% above covers the rounding of an fp32 norm.
 _MARGIN = 1.001
@@ -59,7 +59,7 @@ def inverse_sqrt(
     r = r if precision is None else precision.cast(r)
     shift = _stable_ridge(r.dtype, precision) if ridge is None else ridge
     with ieee_products():
-        root = _inverse_root(r + shift * _eye(r), coefficients.steps(steps), precision)
+        root = _inverse_root(r + shift * eye(r), coefficients.steps(steps), precision)
     return (scale * root).to(gram.dtype)
 
 
@@ -76,12 +76,12 @@ def polar_root(
     Cost: 2 n^3 FLOPs a product; 4 products a step at most, and four Cholesky factors.
     """
     _refuse_bf16(gram, precision)
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
-    norm = torch.where(trace > 0, trace, torch.ones_like(trace)).sqrt() * POLAR_MARGIN
+    total = trace(gram)
+    norm = torch.where(total > 0, total, torch.ones_like(total)).sqrt() * POLAR_MARGIN
     r = gram / norm**2
-    r = r + _least_ridge(r, _stable_ridge(r.dtype, precision)) * _eye(r)
+    r = r + _least_ridge(r, _stable_ridge(r.dtype, precision)) * eye(r)
     root = _inverse_root(r, coefficients.steps(steps), precision)
-    return torch.where(trace > 0, root / norm, torch.zeros_like(root))
+    return torch.where(total > 0, root / norm, torch.zeros_like(root))
 
 
 def _least_ridge(r: Tensor, stable: float) -> Tensor:
@@ -94,67 +94,25 @@ def _least_ridge(r: Tensor, stable: float) -> Tensor:
     """
     ridge = torch.full_like(r[..., :1, :1], stable)
     for share in (0.5, 0.25, 0.0625, 0.0):
-        found = torch.linalg.cholesky_ex(r + share * stable * _eye(r)).info == 0
+        found = torch.linalg.cholesky_ex(r + share * stable * eye(r)).info == 0
         ridge = torch.where(found[..., None, None], share * stable, ridge)
     return ridge
-
-
-def polar_gram(
-    matrix: Tensor,
-    steps: int = 7,
-    coefficients: Coefficients = POLAR_EXPRESS,
-    precision: Precision | None = None,
-    ridge: float | None = None,
-) -> Tensor:
-    """Approximate the polar factor by M (M^T M)^(-1/2): two long products, however many steps.
-
-    The Gram squares the condition number: singular values below sqrt(ridge) of the largest
-    (5e-4 in fp32, 2e-3 in bf16x3) end below 0.7, where `polar` would bring them to 1 with enough
-    steps, and bf16 is refused. Worth it when one side is several times the other.
-
-    Shapes: (..., d_out, d_in) -> same shape and dtype as the input; wide ones are transposed.
-    precision: arithmetic of the products, never TF32; None computes in the input's dtype.
-    ridge: as in `inverse_sqrt`; a singular value s (Gram of unit norm) ends at
-        s / sqrt(s^2 + ridge).
-
-    Raises:
-        ValueError: bf16 arithmetic, or steps below 1 (optim.polar.steps).
-
-    Source: as `inverse_sqrt`.
-    Cost: 4 s^2 l + (4 steps - 3) 2 s^3 FLOPs, s and l the short and long side.
-    """
-    _refuse_bf16(matrix, precision)
-    wide = matrix.shape[-2] < matrix.shape[-1]
-    x = matrix if precision is None else precision.cast(matrix)
-    x = unit_frobenius(x.mT if wide else x)
-    with ieee_products():
-        root = inverse_sqrt(product(x.mT, x, precision), steps, coefficients, precision, ridge)
-        x = product(x, root, precision)
-    return (x.mT if wide else x).to(matrix.dtype)
 
 
 def _inverse_root(r: Tensor, triples: list[Triple], precision: Precision | None) -> Tensor:
     """Product of the F_k, made symmetric after each: rounding would drift and then grow."""
     root = r
     for i, (a, b, c) in enumerate(triples):
-        f = a * _eye(r) + even_part(r, b, c, precision)
-        root = _symmetric(product(root, f, precision) if i else f)
+        f = a * eye(r) + even_part(r, b, c, precision)
+        root = sym(product(root, f, precision) if i else f)
         if i < len(triples) - 1:
-            r = _symmetric(product(f, product(r, f, precision), precision))
+            r = sym(product(f, product(r, f, precision), precision))
     return root
 
 
 def _stable_ridge(dtype: torch.dtype, precision: Precision | None) -> float:
     """Two times what kept low rank and spikes finite, n to 1024: products err by 4e-6 or eps."""
     return 2.0**-18 if precision is Precision.BF16X3 else 2 * torch.finfo(dtype).eps
-
-
-def _eye(x: Tensor) -> Tensor:
-    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-
-
-def _symmetric(x: Tensor) -> Tensor:
-    return (x + x.mT) / 2
 
 
 def _refuse_bf16(x: Tensor, precision: Precision | None) -> None:

@@ -1,19 +1,20 @@
 """Who holds what of each matrix, what is sent for a step, and the sending."""
 
-from geon.optim.shard.arena import Arena
-from geon.optim.shard.cost import MACHINES, Machine, lower_bound_words
-from geon.optim.shard.exchange import Exchange, Work
+from geon.optim.shard.cost import MACHINES, Bytes, Machine, lower_bound_words
+from geon.optim.shard.exchange import Exchange
 from geon.optim.shard.layout import Flat, Grid, Holding, Layout, Piece, Region, holding
-from geon.optim.shard.matrix import Job, Matrix, Sums, Transport
+from geon.optim.shard.matrix import Matrix, Sums
 from geon.optim.shard.plan import Bucket, Plan
 from geon.optim.shard.planner import make_plan
-from geon.optim.shard.script import view
-from geon.optim.shard.wishes import Wishes
+from geon.optim.shard.ranks import Ranks
+from geon.optim.shard.sharding import Sharding
+from geon.optim.shard.transports import TRANSPORTS, Job, Message, Transport, Work
 
 __all__ = [
     "MACHINES",
-    "Arena",
+    "TRANSPORTS",
     "Bucket",
+    "Bytes",
     "Exchange",
     "Flat",
     "Grid",
@@ -22,15 +23,16 @@ __all__ = [
     "Layout",
     "Machine",
     "Matrix",
+    "Message",
     "Piece",
     "Plan",
+    "Ranks",
     "Region",
+    "Sharding",
     "Sums",
     "Transport",
-    "Wishes",
     "Work",
     "holding",
     "lower_bound_words",
     "make_plan",
-    "view",
 ]

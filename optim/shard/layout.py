@@ -16,7 +16,7 @@ class Region:
     rows: Interval
     cols: Interval
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the box."""
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]

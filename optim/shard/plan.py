@@ -6,14 +6,15 @@ to the byte.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from geon.optim.shard.cost import Machine, lower_bound_words
-from geon.optim.shard.matrix import Job, Matrix, Transport
-from geon.optim.shard.wishes import Wishes
+from geon.optim.shard.cost import Bytes, Machine, lower_bound_words, seconds
+from geon.optim.shard.matrix import Matrix
+from geon.optim.shard.sharding import Sharding
+from geon.optim.shard.transports import Job
 
 
 @dataclass(frozen=True)
@@ -22,39 +23,52 @@ class Bucket:
 
     jobs: tuple[Job, ...]
     ranks: int
+    machine: Machine
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         """The matrices alone."""
         return tuple(job.matrix for job in self.jobs)
 
-    @property
-    def local(self) -> bool:
-        """Whether nothing travels."""
-        return all(job.transport is Transport.LOCAL for job in self.jobs)
+    @cached_property
+    def params(self) -> frozenset[str]:
+        """Parameters that it holds matrices of."""
+        return frozenset(matrix.param for matrix in self.matrices)
 
     @cached_property
     def loads(self) -> list["Load"]:
         """What each rank sends, computes and holds."""
         loads = [Load() for _ in range(self.ranks)]
         for job in self.jobs:
-            add(loads, job)
+            add(loads, job, self.machine)
         return loads
 
     @cached_property
     def gathers(self) -> bool:
         """Whether anything travels before the computation."""
-        return any(load.gather_sent for load in self.loads)
+        return any(job.down for job in self.jobs)
 
     @cached_property
     def scatters(self) -> bool:
         """Whether anything travels after it."""
-        return any(load.scatter_sent for load in self.loads)
+        return any(job.up for job in self.jobs)
 
     @property
     def collectives(self) -> int:
         """Collectives issued for one step: at most one each way."""
         return int(self.gathers) + int(self.scatters)
+
+    @property
+    def phases(self) -> tuple[float, float, float]:
+        """Seconds before, after and of the computation, of the busiest rank in each."""
+        machine, loads = self.machine, self.loads
+        before = max(max(machine.travel(x.down_sent), machine.travel(x.down_got)) for x in loads)
+        after = max(max(machine.travel(x.up_sent), machine.travel(x.up_got)) for x in loads)
+        return (
+            before + machine.latency * self.gathers,
+            after + machine.latency * self.scatters,
+            max(machine.work(x.flops, x.half_flops) for x in loads),
+        )
 
     def describe(self) -> str:
         """For messages: how many matrices of which transport, and the first one's name."""
@@ -64,45 +78,52 @@ class Bucket:
 
 @dataclass
 class Load:
-    """Bytes and FLOPs of one rank in a bucket."""
+    """What one rank sends, receives, computes and holds in a bucket.
 
-    gather_sent: int = 0
-    gather_received: int = 0
-    scatter_sent: int = 0
-    scatter_received: int = 0
+    Attributes:
+        down_sent, down_got: before the computation.
+        up_sent, up_got: after it.
+        work_bytes: scratch besides what travels.
+        flops: in fp32.
+        half_flops: in bf16.
+    """
+
+    down_sent: Bytes = Bytes()
+    down_got: Bytes = Bytes()
+    up_sent: Bytes = Bytes()
+    up_got: Bytes = Bytes()
     work_bytes: int = 0
     flops: int = 0
     half_flops: int = 0
 
-    def seconds(self, machine: Machine) -> float:
-        """Time of the computation; `flops` includes those in bf16."""
-        full = self.flops - self.half_flops
-        return full / machine.flops + self.half_flops / machine.half_flops
-
     @property
     def sent(self) -> int:
         """Bytes sent in both directions."""
-        return self.gather_sent + self.scatter_sent
+        return self.down_sent.total + self.up_sent.total
 
     @property
     def buffer(self) -> int:
         """Peak scratch: all that is in flight, whole operands and results."""
-        return self.sent + self.gather_received + self.scatter_received + self.work_bytes
+        return self.sent + self.down_got.total + self.up_got.total + self.work_bytes
 
 
-def add(loads: Sequence[Load], job: Job) -> None:
+def add(loads: Sequence[Load], job: Job, machine: Machine) -> None:
     """Add one job to the loads of a bucket."""
-    traffic = job.traffic
-    for name in ("gather_sent", "gather_received", "scatter_sent", "scatter_received"):
-        for rank, size in getattr(traffic, name).items():
-            setattr(loads[rank], name, getattr(loads[rank], name) + size)
-    # An owner works alone; otherwise everybody who stores some of the matrix does.
-    alone = job.transport is Transport.OWNER
-    for rank in (job.owner,) if alone else range(len(loads)):
+    for message in job.down:
+        size = machine.crossing(message.sender, message.receiver, message.size)
+        loads[message.sender].down_sent += size
+        loads[message.receiver].down_got += size
+    for message in job.up:
+        size = machine.crossing(message.sender, message.receiver, message.size)
+        loads[message.sender].up_sent += size
+        loads[message.receiver].up_got += size
+    for rank in job.matrix.holding.of.keys() | {job.owner}:
         loads[rank].work_bytes += job.work_bytes(rank)
         flops = job.flops(rank)
-        loads[rank].flops += flops
-        loads[rank].half_flops += flops if job.half else 0
+        if job.half:
+            loads[rank].half_flops += flops
+        else:
+            loads[rank].flops += flops
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,7 @@ class Plan:
 
     buckets: tuple[Bucket, ...]
     ranks: int = 1
-    wishes: Wishes = field(default_factory=Wishes)
+    sharding: Sharding = field(default_factory=Sharding)
 
     @cached_property
     def jobs(self) -> list[Job]:
@@ -136,21 +157,25 @@ class Plan:
     @cached_property
     def flops(self) -> list[int]:
         """FLOPs of each rank in one step."""
-        return [sum(b.loads[r].flops for b in self.buckets) for r in range(self.ranks)]
+        loads = (b.loads for b in self.buckets)
+        totals = [0] * self.ranks
+        for own in loads:
+            for rank, load in enumerate(own):
+                totals[rank] += load.flops + load.half_flops
+        return totals
 
     @cached_property
     def owner_flops(self) -> list[int]:
         """FLOPs of each rank as an owner: what the plan has to balance."""
         loads = [0] * self.ranks
         for job in self.jobs:
-            if job.scatters:
-                loads[job.owner] += job.owner_flops
+            loads[job.owner] += job.owner_flops
         return loads
 
     @property
     def peak_buffer(self) -> int:
         """Largest scratch on a rank: two buckets are in flight at a time."""
-        peaks = [[load.buffer for load in b.loads] for b in self.buckets if not b.local]
+        peaks = [[load.buffer for load in b.loads] for b in self.buckets if b.collectives]
         if not peaks:
             return 0
         pairs = zip(peaks, [*peaks[1:], [0] * self.ranks], strict=True)
@@ -158,13 +183,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of a step; the next bucket travels while this one is computed."""
-        machine, total, hidden = self.wishes.machine, 0.0, 0.0
-        for bucket in self.buckets:
-            before, after, work = phases(bucket, machine)
-            total += max(0.0, before - hidden) + work + after
-            hidden = work
-        return total
+        """Predicted time of a step."""
+        return seconds(bucket.phases for bucket in self.buckets)
 
     def lower_bound_words(self) -> float | None:
         """Least words a rank sends on average for what is orthogonalized; None if not known."""
@@ -185,7 +205,6 @@ class Plan:
             "flops_per_rank": self.flops,
             "owner_flop_balance": max(owners) / mean if mean else 1.0,
             "peak_buffer_bytes": self.peak_buffer,
-            "padding_bytes": 0,
             "predicted_seconds": self.seconds,
         }
 
@@ -196,11 +215,11 @@ class Plan:
                 "name": job.matrix.name,
                 "shape": list(job.matrix.shape),
                 "layout": job.matrix.layout.name,
-                "rule": job.matrix.rule,
+                "route": job.matrix.route,
                 "transport": str(job.transport),
                 "owner": job.owner,
                 "bucket": index,
-                "bytes_sent": job.traffic.total,
+                "bytes_sent": job.bytes_sent,
                 "flops": job.total_flops,
                 "scale": job.matrix.scale,
             }
@@ -226,18 +245,18 @@ class Plan:
         kinds: dict[tuple[str, ...], list[Job]] = {}
         for job in self.jobs:
             m = job.matrix
-            key = (m.rule, f"{m.shape[0]} x {m.shape[1]}", m.layout.name, str(job.transport))
+            key = (m.route, f"{m.shape[0]} x {m.shape[1]}", m.layout.name, str(job.transport))
             kinds.setdefault(key, []).append(job)
         lines = [
             f"{'route':<10} {'matrix':<14} {'layout':<13} {'transport':<10} {'count':>5} "
             f"{'owners':>6} {'KiB sent/rank':>14} {'GFLOP':>10}"
         ]
-        for (rule, shape, layout, transport), jobs in kinds.items():
-            sent = sum(job.traffic.total for job in jobs) / self.ranks
+        for (route, shape, layout, transport), jobs in kinds.items():
+            sent = sum(job.bytes_sent for job in jobs) / self.ranks
             flops = sum(job.total_flops for job in jobs)
-            owners = len({job.owner for job in jobs}) if jobs[0].scatters else 0
+            owners = len({job.owner for job in jobs}) if jobs[0].transport.owned else 0
             lines.append(
-                f"{rule:<10} {shape:<14} {layout:<13} {transport:<10} {len(jobs):>5} "
+                f"{route:<10} {shape:<14} {layout:<13} {transport:<10} {len(jobs):>5} "
                 f"{owners or '-':>6} {sent / 1024:>14,.1f} {flops / 1e9:>10,.3f}"
             )
         return "\n".join([*lines, self.summary()])
@@ -254,18 +273,6 @@ class Plan:
             f"{t['owner_flop_balance']:.2f}, buffers of {t['peak_buffer_bytes'] / 2**20:.2f} MiB "
             f"at most, {1e3 * t['predicted_seconds']:.2f} ms predicted"
         )
-
-
-def phases(bucket: Bucket, machine: Machine) -> tuple[float, float, float]:
-    """Seconds before, after and of the computation, of the busiest rank in each."""
-
-    def travel(bytes_: Callable[[Load], int], happens: bool) -> float:
-        most = max(bytes_(load) for load in bucket.loads)
-        return machine.latency + most / machine.bandwidth if happens else 0.0
-
-    before = travel(lambda x: max(x.gather_sent, x.gather_received), bucket.gathers)
-    after = travel(lambda x: max(x.scatter_sent, x.scatter_received), bucket.scatters)
-    return before, after, max(load.seconds(machine) for load in bucket.loads)
 
 
 def _hash(content: Any) -> str:

@@ -7,7 +7,7 @@ from geon.optim.solvers.base import Solution, Solver
 from geon.optim.solvers.certificate import Certificate, certify
 from geon.optim.solvers.closed_form import KNOWN, find
 from geon.optim.solvers.stiefel_spectral import Ladder, StiefelSpectral
-from geon.optim.solvers.sums import GramForm, gram_form
+from geon.optim.solvers.sums import GramForm, RowForm, gram_form
 
 
 def steepest(norm: Norm, manifold: Manifold, ladder: Ladder | None = None) -> Solver:
@@ -37,6 +37,7 @@ __all__ = [
     "Certificate",
     "GramForm",
     "Ladder",
+    "RowForm",
     "Solution",
     "Solver",
     "certify",

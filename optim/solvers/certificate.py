@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geon.optim.manifolds.stiefel import skew, sym, tangent_unit
+from geon.optim.linalg import skew, sym
+from geon.optim.manifolds.stiefel import tangent_unit
 
 
 class Dual:

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geon.optim.linalg import Precision
 from geon.optim.manifolds import (
     DGram,
-    Euclidean,
     Manifold,
     Oblique,
-    SpectralBall,
     SpectralSphere,
     Sphere,
 )
 from geon.optim.manifolds.spectral import top_pair
-from geon.optim.norms import RMS, Frobenius, Norm, Sign, Spectral
-from geon.optim.norms.rownorm import RowWise
-from geon.optim.polar import Precision
+from geon.optim.norms import RMS, Frobenius, Norm, RowWise, Sign, Spectral
 from geon.optim.solvers.base import Solution, Solver
 from geon.optim.solvers.dgram import dgram_spectral
 from geon.optim.solvers.scalar_dual import scalar_dual
@@ -75,11 +72,9 @@ def find(norm: Norm, manifold: Manifold) -> ClosedForm | None:
         return ClosedForm(norm, manifold, solve, polar_factors)
 
     match norm:
-        case _ if isinstance(manifold, Euclidean):
-            return made(lambda g, w: norm.lmo(g))
-        case Spectral() if isinstance(manifold, SpectralBall):
-            # Anything may be stepped in; the retraction caps what leaves the ball.
-            return made(lambda g, w: norm.lmo(g), 1)
+        case _ if manifold.flat:
+            # Every direction is tangent; on the ball, the retraction caps what leaves it.
+            return made(lambda g, w: norm.lmo(g), int(isinstance(norm, Spectral)))
         case Spectral() if on_sphere:
             return made(lambda g, w: _one_constraint(norm, g, w), SCALAR_EVALUATIONS)
         case Spectral() if isinstance(manifold, SpectralSphere):

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from geon.optim.linalg import inner, unit_frobenius
 from geon.optim.manifolds.dgram import DGram
 from geon.optim.manifolds.spectral import hard_cap, top_pair
-from geon.optim.polar.iterate import unit_frobenius
 
 # Both tuned on the cases of the docstring: between 0.1 and 0.3, and 1.0 and 1.9, the mean fraction
 # changes by 0.02.
@@ -43,7 +43,7 @@ def dgram_spectral(
     objective = unit_frobenius(manifold.tangent(weight, unit_frobenius(grad)))
     direction = governor = polar(objective)
     # Mean singular value of the objective: makes the pull a fraction of the ball's radius.
-    size = (objective * direction).sum(dim=(-2, -1), keepdim=True) / min(grad.shape[-2:])
+    size = inner(objective, direction) / min(grad.shape[-2:])
     pull = _PULL * objective / torch.where(size > 0, size, torch.ones_like(size))
     for _ in range(rounds):
         tangent = manifold.tangent(weight, governor)
@@ -51,5 +51,5 @@ def dgram_spectral(
         governor = governor + _RELAXATION * (direction - tangent)
     direction = manifold.tangent(weight, direction)
     u, v = top_pair(direction)
-    norm = (u * (direction @ v)).sum(dim=(-2, -1), keepdim=True)
+    norm = inner(u, direction @ v)
     return direction / norm.clamp(min=1.0)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geon.optim.manifolds.stiefel import sym, tangent_unit
+from geon.optim.linalg import sym
+from geon.optim.manifolds.stiefel import tangent_unit
 from geon.optim.polar import polar_svd
 from geon.optim.solvers.certificate import Dual, root_and_lyapunov, spectral_norm
 

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geon.optim.manifolds.stiefel import skew, sym, tangent_unit
-from geon.optim.polar import Polar, Precision, inverse_sqrt, minimax
-from geon.optim.polar.iterate import product, unit_frobenius
+from geon.optim.linalg import Precision, eye, inner, product, skew, sym, trace, unit_frobenius
+from geon.optim.manifolds.stiefel import tangent_unit
+from geon.optim.polar import Polar, inverse_sqrt, minimax
 from geon.optim.solvers.base import Solution
 
 # Measured choices: scripts/bench_solver.py --ablate shows what each is worth. Lengths are in units
@@ -99,7 +99,7 @@ def coefficients(
     inside = product(b.mT, b, precision)
     c = sym(gg - inside)
     noise = _noise(inside, precision)
-    size = ((_trace(c) + _square(k)) / b.shape[-1]).maximum(noise).sqrt()
+    size = ((trace(c) + inner(k, k)) / b.shape[-1]).maximum(noise).sqrt()
     k, c, noise = k / size, c / size**2, noise / size**2
     along = _along(k, c, noise, ratio, refine, precision)
     x, broken = _across(along.z, c, noise, precision)
@@ -120,7 +120,7 @@ class _Along(NamedTuple):
 def _along(
     k: Tensor, c: Tensor, noise: Tensor, ratio: float, refine: int, precision: Precision | None
 ) -> _Along:
-    shift = (SHIFT**2 + noise) * _eye(k)
+    shift = (SHIFT**2 + noise) * eye(k)
     s, z, roots = torch.zeros_like(k), torch.zeros_like(k), []
     for step in range(refine + 1):
         m = k + s
@@ -142,14 +142,14 @@ def _across(
     z: Tensor, c: Tensor, noise: Tensor, precision: Precision | None
 ) -> tuple[Tensor, Tensor]:
     """X = C^-1 # (I + Z^2), and where it broke. X C X = L L^T for any factor L L^T = I + Z^2."""
-    eye, n = _eye(z), z.shape[-1]
-    low, info = torch.linalg.cholesky_ex(sym(product(z, z, precision)) + (1 + JITTER) * eye)
-    inner = sym(product(low.mT, product(c, low, precision), precision))
-    inner = inner + (SOFT * _trace(c).clamp_min(0) / n + noise) * eye
-    root = _inverse_root(inner, precision)
+    one, n = eye(z), z.shape[-1]
+    low, info = torch.linalg.cholesky_ex(sym(product(z, z, precision)) + (1 + JITTER) * one)
+    inside = sym(product(low.mT, product(c, low, precision), precision))
+    inside = inside + (SOFT * trace(c).clamp_min(0) / n + noise) * one
+    root = _inverse_root(inside, precision)
     x = sym(product(low, product(root, low.mT, precision), precision))
     # ||A||_F^2 = ||Z||_F^2 + tr(X C X). A comparison with nan is False, so nan counts as broken.
-    energy = _square(z) + (x * product(c, x, precision)).sum(dim=(-2, -1), keepdim=True)
+    energy = inner(z, z) + inner(x, product(c, x, precision))
     return x, (info[..., None, None] != 0) | ~(energy <= ENERGY * n)
 
 
@@ -169,21 +169,21 @@ def rectangular(u: Tensor, grad: Tensor, refine: int = 0, polar: Polar | None = 
     g = unit_frobenius(grad) * math.sqrt(n)
     b = u.mT @ g
     k, across = skew(b), g - u @ b
-    size = ((_square(k) + _square(across)) / n).sqrt()
+    size = ((inner(k, k) + inner(across, across)) / n).sqrt()
     s, z, factors = torch.zeros_like(k), torch.zeros_like(k), []
     for step in range(refine + 1):
         m = across + u @ (k + s)
         factors.append(polar(m))
-        q = sym(m.mT @ factors[-1]) + SHIFT * size * _eye(k)
+        q = sym(m.mT @ factors[-1]) + SHIFT * size * eye(k)
         one_shot = skew(u.mT @ factors[-1])
         z = lyapunov(q, 2 * k, z if step else one_shot, CG_STEPS)
         if step < refine:
             s = s + OVER_RELAXATION * (sym(z @ q) - s)
     z = _contract(z + share(ratio, refine) * (one_shot - z), ROUGH_MARGIN)
-    low, info = torch.linalg.cholesky_ex(sym(z @ z) + (1 + ROUGH_JITTER) * _eye(k))
+    low, info = torch.linalg.cholesky_ex(sym(z @ z) + (1 + ROUGH_JITTER) * eye(k))
     v = polar(across @ low)
     a = u @ z + (v - u @ (u.mT @ v)) @ low.mT
-    broken = (info[..., None, None] != 0) | ~(_square(a) <= ROUGH_ENERGY * n)
+    broken = (info[..., None, None] != 0) | ~(inner(a, a) <= ROUGH_ENERGY * n)
     a = tangent_unit(u, factors[0]).where(broken, a)
     # A gradient that is normal to rounding: the direction is made of noise, so let it be short.
     resolved = (size / (64 * torch.finfo(g.dtype).eps)).clamp(max=1.0)
@@ -206,14 +206,14 @@ def lyapunov(
     """
     z = start
     residual = right - _anticommutator(q, z, precision)
-    search, length = residual, _square(residual)
+    search, length = residual, inner(residual, residual)
     tiny = torch.finfo(q.dtype).tiny
     for _ in range(steps):
         image = _anticommutator(q, search, precision)
         step = length / (search * image).sum(dim=(-2, -1), keepdim=True).clamp_min(tiny)
         z = z + step * search
         residual = residual - step * image
-        before, length = length, _square(residual)
+        before, length = length, inner(residual, residual)
         search = residual + length / before.clamp_min(tiny) * search
     return z
 
@@ -256,23 +256,10 @@ def _noise(inside: Tensor, precision: Precision | None) -> Tensor:
     step instead of a wild one.
     """
     eps = 2.0**-19 if precision is Precision.BF16X3 else torch.finfo(inside.dtype).eps
-    return 4 * eps * (8 + math.sqrt(inside.shape[-1]) + _square(inside).sqrt())
+    return 4 * eps * (8 + math.sqrt(inside.shape[-1]) + inner(inside, inside).sqrt())
 
 
 def _inverse_root(gram: Tensor, precision: Precision | None) -> Tensor:
     """gram^(-1/2); what was added to it is ridge enough, except in bf16x3."""
     ridge = None if precision is Precision.BF16X3 else 0.0
     return inverse_sqrt(gram, ROOT_STEPS, ROOT_TABLE, precision, ridge)
-
-
-def _eye(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
-def _trace(x: Tensor) -> Tensor:
-    return x.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
-
-
-def _square(x: Tensor) -> Tensor:
-    """||X||_F^2 of each matrix, as (..., 1, 1)."""
-    return (x * x).sum(dim=(-2, -1), keepdim=True)

@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from geon.optim.manifolds.stiefel import sym
+from geon.optim.linalg import sym, unit_frobenius
 from geon.optim.polar import Polar
-from geon.optim.polar.iterate import unit_frobenius
 
 
 def dual_ascent(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.linalg import inner, unit_frobenius
 
 # Without a bracket yet, each step is this many times the last one. The first step is scaled to
 # the matrix, so a bracket is nearly always there after two or three evaluations.
@@ -40,15 +40,15 @@ def scalar_dual(
     """
     theta, objective = unit_frobenius(theta), unit_frobenius(grad)
     # Only the part orthogonal to Theta counts; without the rest, lam = 0 is near the minimiser.
-    objective = unit_frobenius(objective - _inner(theta, objective) * theta)
+    objective = unit_frobenius(objective - inner(theta, objective) * theta)
     lam = torch.zeros_like(objective[..., :1, :1])
     step = torch.zeros_like(lam)
     low = high = _End(lam, lam, lam, torch.zeros_like(objective), torch.zeros_like(lam).bool())
     for _ in range(evaluations):
         point = objective + lam * theta
         factor = polar(point)
-        slope = _inner(theta, factor)
-        end = _End(lam, _inner(point, factor), slope, factor, torch.ones_like(low.found))
+        slope = inner(theta, factor)
+        end = _End(lam, inner(point, factor), slope, factor, torch.ones_like(low.found))
         low, high = _choose(slope <= 0, end, low), _choose(slope > 0, end, high)
         # The slope of h at 0 is about ||A||_F = sqrt(s), Theta and the gradient being unit.
         first = -slope / math.sqrt(min(grad.shape[-2:]))
@@ -87,12 +87,8 @@ def _combine(low: _End, high: _End, theta: Tensor) -> Tensor:
     direction = torch.where(low.found & high.found, both, single)
     # What is left along Theta: rounding, or, without a bracket, a slope. ||Theta||_2 <= 1, so
     # removing it lengthens the direction by at most |rest|.
-    rest = _inner(theta, direction)
+    rest = inner(theta, direction)
     return (direction - rest * theta) / (1.0 + rest.abs())
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=(-2, -1), keepdim=True)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:

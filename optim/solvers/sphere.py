@@ -7,9 +7,9 @@ are (..., d_out, d_in) as stored, and the result has the shape and dtype of `gra
 import torch
 from torch import Tensor
 
+from geon.optim.linalg import unit_frobenius, unit_max
 from geon.optim.manifolds.base import Manifold
 from geon.optim.manifolds.sphere import remove_along
-from geon.optim.polar.iterate import unit_frobenius, unit_max
 
 
 def tangent_normalised(grad: Tensor, weight: Tensor, manifold: Manifold) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from geon.errors import UsageError
-from geon.optim.manifolds.stiefel import Stiefel, orient, orient_like, skew, tangent_unit
+from geon.optim.linalg import Precision, orient, orient_like, skew
+from geon.optim.manifolds.stiefel import Stiefel, tangent_unit
 from geon.optim.norms.spectral import Spectral
-from geon.optim.polar import Polar, Precision, minimax, polar
+from geon.optim.polar import Polar, minimax, polar
 from geon.optim.solvers import lgm
 from geon.optim.solvers.base import Solution, Solver
 from geon.optim.solvers.certificate import certify

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geon.optim.linalg import Precision, eye, product, sym, trace
 from geon.optim.manifolds import Euclidean, Manifold, Stiefel
-from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE, sym
-from geon.optim.norms import Norm, Spectral
-from geon.optim.norms.rownorm import RowWise
-from geon.optim.polar import Precision
+from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE
+from geon.optim.norms import Norm, RowWise, Spectral
 from geon.optim.polar.gram import polar_root
-from geon.optim.polar.iterate import product
 from geon.optim.solvers import lgm
 from geon.optim.solvers.stiefel_spectral import Ladder
 
@@ -98,7 +96,7 @@ class GramPolar(GramForm):
 
     In exact arithmetic the same as `Spectral.lmo`. The Gram squares the condition number, so it
     is in fp32 or bf16x3 whatever the polar factor is in, and singular values below 5e-4 of the
-    largest end a little lower (`polar_gram`).
+    largest end a little lower.
     """
 
     norm: Spectral
@@ -198,7 +196,7 @@ class GramStiefel(GramForm):
         total, scale = _add_up(sums, (half, 0), (half, 2), (n * n, 1))
         uu, gg = unpack(total[..., :half], n), unpack(total[..., half : 2 * half], n)
         b = total[..., 2 * half :].reshape(*total.shape[:-1], n, n)
-        energy = gg.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+        energy = trace(gg)
         one = torch.where(energy > 0, (n / energy.clamp_min(1e-30)).sqrt(), 0.0)
         b, gg = b * one, gg * one**2
         left, right, fell_back = lgm.coefficients(
@@ -206,18 +204,18 @@ class GramStiefel(GramForm):
         )
         # Tangent to rounding, as in `lgm.gram`: A - U sym(U^T A), where U^T A = U^T U L1 + B L2.
         along = product(uu, left, precision) + product(b, right, precision)
-        eye = torch.eye(n, dtype=left.dtype, device=left.device)
-        first, second = eye - lr * (left - sym(along)), -lr * right
+        one_matrix = eye(left)
+        first, second = one_matrix - lr * (left - sym(along)), -lr * right
         cross = product(first.mT, product(b, second, precision), precision)
         gram = product(first.mT, product(uu, first, precision), precision) + cross + cross.mT
         gram = gram + product(second.mT, product(gg, second, precision), precision)
         for _ in range(2 if lr > TWO_STEPS_ABOVE else 1):
-            cubic = 1.5 * eye - 0.5 * sym(gram)
+            cubic = 1.5 * one_matrix - 0.5 * sym(gram)
             first, second = product(first, cubic, precision), product(second, cubic, precision)
             gram = product(cubic, product(gram, cubic, precision), precision)
         # What has no gradient stays exactly where it is.
         still = energy == 0
-        first, second = torch.where(still, eye, first), torch.where(still, 0.0, second)
+        first, second = torch.where(still, one_matrix, first), torch.where(still, 0.0, second)
         second = second * (self.manifold.scale(shape) * one / scale)
         return torch.cat([first.flatten(-2), second.flatten(-2)], dim=-1), fell_back
 
@@ -237,23 +235,35 @@ class GramStiefel(GramForm):
         return product(weight, first, precision) + product(update, second, precision)
 
 
-def row_sums(rows: Tensor) -> Tensor:
-    """(count, own columns) -> (count, 2): sum of squares over a power of two squared, and that."""
-    scale = _power_of_two(rows, dim=-1)
-    return torch.cat([(rows / scale).square().sum(dim=-1, keepdim=True), scale], dim=-1)
+@dataclass(frozen=True)
+class RowForm:
+    """Row-wise norms where ranks hold parts of rows: squares down, lengths back."""
 
+    norm: RowWise
 
-def row_lengths(sums: Tensor) -> Tensor:
-    """2-norms (count,) of rows from the sums of several ranks (ranks, count, 2); 0 where absent."""
-    scale = sums[..., 1].amax(dim=0)
-    shares = (sums[..., 1] / torch.where(scale > 0, scale, 1.0)).square()
-    return (sums[..., 0] * shares).sum(dim=0).sqrt() * scale
+    def partial(self, rows: Tensor) -> Tensor:
+        """(count, own columns) -> (count, 2): sum of squares over a power of two squared, and it.
 
+        What is added up over ranks; 4 FLOPs an entry.
+        """
+        scale = _power_of_two(rows, dim=-1)
+        return torch.cat([(rows / scale).square().sum(dim=-1, keepdim=True), scale], dim=-1)
 
-def row_direction(norm: RowWise, update: Tensor, lengths: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Pieces of rows (count, own columns) scaled by the lengths of the whole rows."""
-    inverse = torch.where(lengths > 0, 1.0 / torch.where(lengths > 0, lengths, 1.0), 0.0)
-    return update * (norm.row_radius(shape) * inverse)[:, None]
+    def combine(self, sums: Tensor) -> Tensor:
+        """2-norms (count,) of rows from the sums of ranks (ranks, count, 2); 0 where absent."""
+        scale = sums[..., 1].amax(dim=0)
+        shares = (sums[..., 1] / torch.where(scale > 0, scale, 1.0)).square()
+        return (sums[..., 0] * shares).sum(dim=0).sqrt() * scale
+
+    def apply(self, update: Tensor, lengths: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        """Pieces of rows (count, own columns) scaled by the lengths of the whole rows.
+
+        lengths: None where the rows are whole.
+        """
+        if lengths is None:
+            return self.norm.lmo(update, shape)
+        inverse = torch.where(lengths > 0, 1.0 / torch.where(lengths > 0, lengths, 1.0), 0.0)
+        return update * (self.norm.row_radius(shape) * inverse)[:, None]
 
 
 def pack(matrix: Tensor) -> Tensor:

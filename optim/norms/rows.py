@@ -1,12 +1,13 @@
+"""Norms that treat a matrix row by row."""
+
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
-from geon.optim.norms.base import Norm, Reach, gaussian
-from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.linalg import gaussian, unit_frobenius
+from geon.optim.norms.base import Norm, Reach
 
 
 class RowWise(Norm):
@@ -38,11 +39,20 @@ class RowWise(Norm):
         """The radius times sqrt(rows)."""
         return self.row_radius(shape) * math.sqrt(shape[-2])
 
-    def project(self, weight: Tensor) -> Tensor:
-        """Shrink the rows that are too long."""
-        radius = self.row_radius(weight.shape)
-        length = weight.norm(dim=-1, keepdim=True)
-        return weight * torch.where(length > radius, radius / length, torch.ones_like(length))
+
+@dataclass(frozen=True)
+class ColNorm(RowWise):
+    """1 -> RMS norm of an embedding: the largest RMS of a token vector.
+
+    The map from one-hot tokens to vectors is (d, vocab), and its columns are the token vectors;
+    torch stores it transposed, (vocab, d), so here they are the rows.
+
+    Source: Pethick et al., arXiv 2502.07529, Table 2.
+    """
+
+    def row_radius(self, shape: tuple[int, ...]) -> float:
+        """sqrt(d): RMS 1."""
+        return math.sqrt(shape[-1])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from geon.optim.shard.layout import Grid, Layout
 
 
 @dataclass(frozen=True)
-class Arena:
+class Ranks:
     """Every rank of every axis of a device mesh, in row-major order.
 
     Attributes:
@@ -31,21 +31,19 @@ class Arena:
     size: int = 1
 
     @classmethod
-    def of_group(cls, group: dist.ProcessGroup) -> "Arena":
+    def of_group(cls, group: dist.ProcessGroup) -> "Ranks":
         """A process group without a mesh, e.g. DeepSpeed's data-parallel ranks."""
         return cls(None, group, dist.get_rank(group), dist.get_world_size(group))
 
     @classmethod
-    def of_mesh(cls, mesh: DeviceMesh, name: str = "mesh") -> "Arena":
+    def of_mesh(cls, mesh: DeviceMesh, name: str = "mesh") -> "Ranks":
         """All ranks of the root of a mesh. On a mesh of several dimensions every rank must call.
 
         Raises:
-            UsageError: a mesh without names, or whose ranks are not in row-major order; `name` is
-                the parameter to blame.
+            UsageError: a mesh whose ranks are not in row-major order; `name` is the parameter to
+                blame.
         """
         root = _root(mesh)
-        _check_names(name, mesh)
-        _check_names(name, root)
         ranks = root.mesh.flatten()
         if not bool((ranks[1:] > ranks[:-1]).all()):
             raise UsageError(
@@ -58,12 +56,12 @@ class Arena:
         elif root.size() == dist.get_world_size():
             group = dist.group.WORLD
         else:
-            group = root._flatten("geon_arena").get_group()
+            group = root._flatten("geon_ranks").get_group()
         position = int((ranks == dist.get_rank()).nonzero())
         return cls(root, group, position, root.size())
 
     @classmethod
-    def of(cls, params: Iterable[tuple[str, Tensor]], mesh: DeviceMesh | None = None) -> "Arena":
+    def of(cls, params: Iterable[tuple[str, Tensor]], mesh: DeviceMesh | None = None) -> "Ranks":
         """Of the given mesh; otherwise of the first DTensor; otherwise this process alone."""
         if mesh is not None:
             return cls.of_mesh(mesh)
@@ -94,12 +92,10 @@ class Arena:
 
     def _dims(self, name: str, mesh: DeviceMesh) -> tuple[tuple[int, ...], list[int]]:
         """Sizes of the mesh that the layout is told in, and the place of this mesh's dimensions."""
-        _check_names(name, mesh)
-        known = self.mesh.mesh_dim_names if self.mesh is not None else ()
-        if self.mesh is not None and _root(mesh) == self.mesh:
-            names = mesh.mesh_dim_names or ()
-            if all(n in (known or ()) for n in names):
-                return tuple(self.mesh.shape), [known.index(n) for n in names]  # type: ignore[union-attr]
+        if self.mesh is not None and _root(mesh) == self.mesh and mesh.mesh_dim_names:
+            known, names = self.mesh.mesh_dim_names or (), mesh.mesh_dim_names
+            if all(n in known for n in names):
+                return tuple(self.mesh.shape), [known.index(n) for n in names]
         if self.mesh is not None and torch.equal(mesh.mesh.flatten(), self.mesh.mesh.flatten()):
             return tuple(mesh.shape), list(range(mesh.ndim))  # the same ranks, cut otherwise
         raise UsageError(
@@ -119,15 +115,6 @@ class Arena:
 def _root(mesh: DeviceMesh) -> DeviceMesh:
     root = getattr(mesh, "_get_root_mesh", None)
     return root() if root is not None else mesh
-
-
-def _check_names(name: str, mesh: DeviceMesh) -> None:
-    if not mesh.mesh_dim_names:
-        raise UsageError(
-            f"{name if name.startswith('param') else f'parameter {name!r}'} lies on a device mesh "
-            f"without names, {mesh}: give init_device_mesh mesh_dim_names=('shard',), one for each "
-            "dimension, and pass the mesh to fully_shard"
-        )
 
 
 def _cuts(name: str, param: Any) -> list[tuple[int, int]]:

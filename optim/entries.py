@@ -1,0 +1,48 @@
+"""What steps a param group entry by entry, or by another package: the other kind of rule."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+State = dict[str, Any]
+"""State of one parameter."""
+
+
+class EntryRule(ABC):
+    """Steps the parameters of a group by itself, where they lie, from their gradients."""
+
+    cuts: bool = True
+    """Whether it may step pieces of parameters (FSDP2, tensor parallelism, DeepSpeed)."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What state can be carried over between."""
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Numbers that a param group holds, and that take effect when they are changed there."""
+        return {}
+
+    @abstractmethod
+    def new_state(self, param: Tensor) -> State:
+        """State before the first step; a DTensor's is made of DTensors."""
+
+    @abstractmethod
+    def step(
+        self,
+        group: Mapping[str, Any],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+    ) -> None:
+        """Update parameters and states in place.
+
+        params: those of the group that have a gradient. grads: this rank's pieces of them.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for tables."""

@@ -1,0 +1,34 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from geon.optim.finishes.base import Finish, Move
+from geon.optim.finishes.row_moments import needs_free_polar
+from geon.optim.manifolds import Manifold
+from geon.optim.norms import Norm, Reach
+
+
+@dataclass(frozen=True)
+class EvenRows(Finish):
+    """All rows of a polar factor at one length, ||D||_F as before: NorMuon without its state.
+
+    What `RowMoments` does when it keeps nothing. A row that is zero stays zero.
+    """
+
+    reach: ClassVar[Reach] = Reach.MATRIX
+
+    def check(self, norm: Norm, manifold: Manifold, decay: float) -> None:
+        """Polar factors that no tangent space bends."""
+        needs_free_polar("even_rows gives the rows of a polar factor one length", norm, manifold)
+
+    def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
+        """D_i <- D_i mean / |D_i|, mean the root mean square of the lengths."""
+        rows = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+        mean = rows.square().mean(dim=-2, keepdim=True).sqrt()
+        return direction * (mean / rows).where(rows > 0, torch.zeros_like(rows))
+
+    def describe(self) -> str:
+        """For tables."""
+        return "even rows"

@@ -1,0 +1,41 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from geon.optim.finishes.base import Finish, Move
+from geon.optim.linalg import frobenius
+from geon.optim.norms import Reach
+
+
+@dataclass(frozen=True)
+class UpdateFloor(Finish):
+    """Steps at lr 1 of at least `least` times the weight's size: ||length D||_F >= least ||W||_F.
+
+    Lengthens the directions of weights that have grown, and shortens none; zero stays zero.
+
+    Attributes:
+        least: smallest ratio of the two Frobenius norms.
+
+    Source: the update/weight floor of modded-nanogpt's track 3 (2026); no paper is known to us.
+    """
+
+    least: float = 0.35
+
+    reach: ClassVar[Reach] = Reach.MATRIX
+    needs_weight: ClassVar[bool] = True
+    keeps_tangent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.least > 0:
+            raise ValueError(f"update_floor least {self.least}: the ratio must be above 0")
+
+    def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
+        """D max(1, least ||W||_F / ||length D||_F)."""
+        assert weight is not None
+        size = (move.length * frobenius(direction)).clamp_min(1e-30)
+        return direction * (self.least * frobenius(weight) / size).clamp(min=1.0)
+
+    def describe(self) -> str:
+        """For tables."""
+        return f"update floor {self.least:g}"

@@ -1,0 +1,215 @@
+"""Param groups: parameters with their rule, held against what was declared of them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geon.errors import UsageError
+from geon.optim.entries import EntryRule
+from geon.optim.matrices import block_scale, check_per_head
+from geon.optim.norms import Spectral
+from geon.optim.roles import ParamInfo, Role
+from geon.optim.rule import Rule
+from geon.optim.shard import Layout, Ranks
+from geon.optim.storage import lay, whole
+
+FAR = 0.1
+"""Largest residual of a weight that training may start from: every retraction brings it back to
+rounding in a few steps, and none changes the weight by more than a step would."""
+IDLE = ("skip", "coast")
+
+
+@dataclass
+class Group:
+    """A route's parameters with their rule and learning rate.
+
+    Attributes:
+        name: of the group; in messages, plans and state dicts.
+        rule: what steps it.
+        lr: learning rate, which schedulers scale.
+        params: each parameter with what its model declares of it.
+        per_head: step each attention head's block as a matrix of its own; parameters without heads
+            are stepped whole.
+        idle: what happens to a parameter of a steepest rule that has no gradient in a step: skip
+            leaves weight and momentum alone, as torch.optim does; coast takes the gradient as zero,
+            so that the momentum decays and moves the weight on (experts that no token reached).
+    """
+
+    name: str
+    rule: Rule | EntryRule
+    lr: float
+    params: list[tuple[ParamInfo, nn.Parameter]]
+    per_head: bool = False
+    idle: str = "skip"
+
+    def __post_init__(self) -> None:
+        where = f"group '{self.name}'"
+        if not isinstance(self.rule, Rule | EntryRule):
+            raise UsageError(
+                f"{where}: the rule is a {type(self.rule).__name__}, expected a Rule, AdamW or "
+                "another EntryRule"
+            )
+        check_lr(self.lr, where)
+        if self.idle not in IDLE:
+            raise UsageError(f"{where}: idle '{self.idle}' is not one of {', '.join(IDLE)}")
+        if self.idle != "skip" and not isinstance(self.rule, Rule):
+            raise UsageError(f"{where}: idle='{self.idle}' has no effect under {self.rule.name}")
+        check_per_head(self.rule, self.per_head, where)
+
+    def describe(self) -> str:
+        """One line for tables."""
+        return self.rule.describe() + (", per head" if self.per_head else "")
+
+    def entry(self) -> dict[str, Any]:
+        """The param group that an optimizer holds: plain values, which take effect when changed."""
+        found = {
+            "params": [(info.name, param) for info, param in self.params],
+            "name": self.name,
+            "rule": self.rule.name,
+            "lr": self.lr,
+        }
+        if isinstance(self.rule, Rule):
+            rule = self.rule
+            return found | {
+                "momentum": rule.momentum,
+                "nesterov": rule.nesterov,
+                "weight_decay": rule.decay,
+                "idle": self.idle,
+            }
+        return found | self.rule.hyper
+
+    def project_(self) -> None:
+        """Bring every weight to its manifold, in place; every rank must call on sharded ones.
+
+        Raises:
+            UsageError: a weight without a nearest point; names the parameter.
+        """
+        for info, param in self.params:
+            project_(info, param, self.rule, self.per_head)
+
+
+def check_lr(lr: Any, where: str) -> float:
+    """The learning rate as a number.
+
+    Raises:
+        UsageError: not finite, or negative.
+    """
+    value = float(lr)
+    if not 0.0 <= value < math.inf:
+        raise UsageError(f"{where}: lr {value} must be finite and 0 or more")
+    return value
+
+
+def check_groups(groups: Sequence[Group], shapes: bool = True) -> None:
+    """Hold parameters against what was declared of them, each exactly once.
+
+    shapes: False where the tensors are pieces that a framework handed over.
+
+    Raises:
+        UsageError: a name or a tensor that comes twice, another shape, a rule that does not fit.
+    """
+    names: dict[str, str] = {}
+    tensors: dict[Any, str] = {}
+    for group in groups:
+        if not isinstance(group, Group):
+            raise UsageError(
+                f"HybridOptimizer takes Groups, not {type(group).__name__}: names and shapes do "
+                "not say what a parameter is to its model. Declare it: infos = classify(model), "
+                "then [Group(name, rule, lr, [(info, parameter), ...]), ...]"
+            )
+        for info, param in group.params:
+            if info.name in names:
+                where = f"'{names[info.name]}' and '{group.name}'"
+                raise UsageError(f"parameter '{info.name}' is in two param groups: {where}")
+            names[info.name] = group.name
+            for key in _identities(param):
+                if key in tensors:
+                    raise UsageError(
+                        f"parameters '{tensors[key]}' and '{info.name}' are one tensor: declare a "
+                        "tied weight once (role tied), under one name"
+                    )
+                tensors[key] = info.name
+            if shapes and tuple(param.shape) != tuple(info.shape):
+                raise UsageError(
+                    f"parameter '{info.name}' is declared with shape {tuple(info.shape)} but has "
+                    f"{tuple(param.shape)}: declare the model again after it is changed"
+                )
+            _check_role(info, group)
+
+
+def _identities(param: Tensor) -> Iterable[Any]:
+    """What two names for one tensor have in common."""
+    yield id(param)
+    own = param.to_local() if hasattr(param, "to_local") else param
+    if own.numel() and own.device.type != "meta":
+        yield own.device, own.data_ptr()
+
+
+def _check_role(info: ParamInfo, group: Group) -> None:
+    rule = group.rule
+    if not isinstance(rule, Rule) or not isinstance(rule.norm, Spectral):
+        return
+    if info.role not in (Role.HIDDEN, Role.HEAD):
+        raise UsageError(
+            f"group '{group.name}': parameter '{info.name}' of role '{info.role}' and shape "
+            f"{info.shape} under {rule.name}: a polar factor is for matrices between activations; "
+            "take ColNorm or Sign for embeddings and tied weights, and AdamW or RMS for vectors"
+        )
+
+
+def blocks_off(info: ParamInfo, weight: Tensor, rule: Rule | EntryRule, per_head: bool) -> float:
+    """Largest residual of a whole parameter's blocks on the rule's manifold; 0 where it has none.
+
+    Not finite weights count as infinitely far.
+    """
+    if not isinstance(rule, Rule) or not rule.manifold.constrains or not weight.numel():
+        return 0.0
+    given, worst = weight.reshape(info.matrix_shape).float(), 0.0
+    for block in info.blocks(per_head):
+        unit = given[block.slices] / block_scale(rule, block)
+        off = float(rule.manifold.distance(unit))
+        worst = max(worst, off if math.isfinite(off) else math.inf)
+    return worst
+
+
+@torch.no_grad()
+def on_manifold(info: ParamInfo, weight: Tensor, rule: Rule | EntryRule, per_head: bool) -> Tensor:
+    """Nearest point of the manifold of each block of a whole parameter, at the block's scale.
+
+    Raises:
+        UsageError: a block without a nearest point; names the parameter.
+    """
+    if not isinstance(rule, Rule) or not rule.manifold.constrains or not weight.numel():
+        return weight
+    given = weight.reshape(info.matrix_shape)
+    projected = torch.empty_like(given)
+    try:
+        for block in info.blocks(per_head):
+            scale = block_scale(rule, block)
+            projected[block.slices] = rule.manifold.project(given[block.slices] / scale) * scale
+    except ValueError as error:
+        raise UsageError(f"parameter '{info.name}': {error}") from None
+    return projected.view(info.shape)
+
+
+@torch.no_grad()
+def project_(
+    info: ParamInfo,
+    param: Tensor,
+    rule: Rule | EntryRule,
+    per_head: bool = False,
+    layout: Layout | None = None,
+    ranks: Ranks | None = None,
+) -> None:
+    """Bring a weight to its rule's manifold, in place; every rank must call on a sharded one.
+
+    layout, ranks: of a run that a framework handed over.
+    """
+    if isinstance(rule, Rule) and rule.manifold.constrains:
+        ranks = ranks or Ranks()
+        weight = whole(param, layout, ranks.group)
+        lay(on_manifold(info, weight, rule, per_head), param, layout, ranks.rank)

@@ -1,0 +1,229 @@
+"""What a transport is: how a matrix becomes whole enough to be stepped, and how a step runs."""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from geon.optim.shard.layout import Piece
+from geon.optim.shard.matrix import Matrix
+
+
+class Message(NamedTuple):
+    """What one rank sends another for one matrix.
+
+    Attributes:
+        words: (count, bytes of one) of each tensor in it, in order.
+    """
+
+    sender: int
+    receiver: int
+    words: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(count * width for count, width in self.words)
+
+
+class Offer(IntEnum):
+    """Whether a matrix may go by a transport."""
+
+    NO = 0
+    MAYBE = 1
+    """It may, and its cost decides."""
+    ALWAYS = 2
+    """Nothing could be cheaper: no other is considered."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A matrix with its transport and its owner. Jobs are told apart by identity.
+
+    The owner does what no other rank does for this matrix, if its transport has such work, and
+    counts it in the log.
+    """
+
+    matrix: Matrix
+    transport: "Transport"
+    owner: int
+
+    @cached_property
+    def down(self) -> tuple[Message, ...]:
+        """What is sent before the computation, by sender."""
+        return tuple(self.transport.down(self.matrix, self.owner))
+
+    @cached_property
+    def up(self) -> tuple[Message, ...]:
+        """What is sent after it, by receiver."""
+        return tuple(self.transport.up(self.matrix, self.owner))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of a step, over all ranks."""
+        return sum(message.size for message in (*self.down, *self.up))
+
+    def flops(self, rank: int) -> int:
+        """FLOPs of a step on a rank."""
+        own = self.transport.owner_flops(self.matrix) if rank == self.owner else 0
+        return own + round(self.transport.shared_flops(self.matrix) * self.matrix.share(rank))
+
+    @property
+    def owner_flops(self) -> int:
+        """FLOPs that fall to the owner alone: what a plan has to balance."""
+        return self.transport.owner_flops(self.matrix)
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of a step on all ranks together."""
+        shared = self.transport.shared_flops(self.matrix) * self.matrix.copies
+        return self.owner_flops + round(shared)
+
+    @property
+    def half(self) -> bool:
+        """Whether these are in bf16."""
+        return self.matrix.half and not self.transport.full_precision
+
+    def work_bytes(self, rank: int) -> int:
+        """Scratch on a rank besides what travels, in fp32."""
+        return self.transport.work_bytes(self.matrix, self.owner, rank)
+
+
+Letters = dict[tuple[Job, int], Sequence[Tensor]]
+"""Tensors by job and the other rank: the receiver of what is sent, the sender of what came."""
+
+
+class Work(Protocol):
+    """One step of this rank's tensors; what travels is fp32 here, flat, in the order of words."""
+
+    rank: int
+    alone: bool
+    """Whether matrices are computed one by one."""
+
+    def moves(self, matrix: Matrix) -> bool:
+        """Whether the matrix is stepped: it has a gradient."""
+
+    def operand(self, matrix: Matrix, index: int, piece: Piece) -> Tensor:
+        """A piece (rows, cols) that this rank stores: 0 of the update, 1 of the weight, fp32."""
+
+    def row_states(self, matrix: Matrix) -> Sequence[Tensor]:
+        """Numbers a row that the rule keeps, (d_out,) each."""
+
+    def solve(self, jobs: Sequence[Job], operands: Sequence[Tensor]) -> Tensor:
+        """Results (batch, rows, cols) for alike matrices, or pieces; row states are written."""
+
+    def write(self, results: Iterable[tuple[Matrix, Piece, Tensor]]) -> None:
+        """Take pieces of results into the weights."""
+
+    def set_row_states(self, matrix: Matrix, states: Sequence[Tensor]) -> None:
+        """Take the row states that came with a result."""
+
+    def lr(self, matrix: Matrix) -> float:
+        """Learning rate."""
+
+    def gram_form(self, matrix: Matrix) -> Any:
+        """optim/solvers/sums.py."""
+
+    def row_form(self, matrix: Matrix) -> Any:
+        """optim/solvers/sums.py."""
+
+    def count_fallbacks(self, fell_back: Tensor) -> None:
+        """Take note of where a cheaper solver stood in."""
+
+
+class Transport(ABC):
+    """How a matrix becomes whole enough to be stepped. One object each, without state.
+
+    Planning is pure: what is sent, computed and held follows from the matrix and its owner. A step
+    has three phases on every rank, and what a phase sends to the rank itself comes back in the
+    next one without travelling.
+
+    Attributes:
+        name: in configs, plans and tables.
+        owned: whether the owner does something that others do not.
+        full_precision: whether it computes in fp32 or bf16x3 whatever the rule's products are in.
+    """
+
+    name: ClassVar[str]
+    owned: ClassVar[bool] = True
+    full_precision: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    # Planning.
+
+    @abstractmethod
+    def offer(self, matrix: Matrix, reproducible: bool) -> Offer:
+        """Whether a matrix may go this way. reproducible: no sums over ranks."""
+
+    def down(self, matrix: Matrix, owner: int) -> Iterable[Message]:
+        """What is sent before the computation."""
+        return ()
+
+    def up(self, matrix: Matrix, owner: int) -> Iterable[Message]:
+        """What is sent after it."""
+        return ()
+
+    def owner_flops(self, matrix: Matrix) -> int:
+        """FLOPs on the owner alone."""
+        return 0
+
+    def shared_flops(self, matrix: Matrix) -> int:
+        """FLOPs for each copy of the matrix, on each rank in proportion to what it stores."""
+        return 0
+
+    def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
+        """Scratch on a rank besides what travels."""
+        return 0
+
+    # A step, each phase for all jobs of a bucket that go this way.
+
+    def depart(self, jobs: Sequence[Job], work: Work) -> Letters:
+        """What this rank sends to the owners."""
+        return {}
+
+    @abstractmethod
+    def compute(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> Letters:
+        """Do what falls to this rank; what it sends on."""
+
+    def land(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> None:
+        """Take what came into the weights."""
+        return
+
+
+def to_owner(
+    matrix: Matrix, owner: int, words: Callable[[int], tuple[tuple[int, int], ...]]
+) -> Iterable[Message]:
+    """A message of one rank of each set of copies that the owner does not belong to.
+
+    words: of a sender; nothing is sent where there are none.
+    """
+    for ranks in matrix.holding.copies:
+        if owner not in ranks:
+            sender = matrix.holding.source(ranks, owner)
+            if any(count for count, _ in words(sender)):
+                yield Message(sender, owner, words(sender))
+
+
+def sends(job: Job, rank: int) -> bool:
+    """Whether a rank sends for a job before the computation, or would if it were not the owner."""
+    return (rank == job.owner and rank in job.matrix.holding.of) or any(
+        message.sender == rank for message in job.down
+    )
+
+
+def batches(
+    jobs: Iterable[Job], alone: bool, also: Callable[[Job], Hashable] = lambda _: None
+) -> list[list[Job]]:
+    """Jobs of one route, shape and scale together; with `alone`, each by itself."""
+    found: dict[Hashable, list[Job]] = defaultdict(list)
+    for job in jobs:
+        m = job.matrix
+        found[m.route, m.shape, m.scale, also(job), job if alone else None].append(job)
+    return list(found.values())

@@ -1,0 +1,253 @@
+"""One step on this rank: who moves and by what gradients, and what the transports ask for."""
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from geon.optim.entries import EntryRule
+from geon.optim.readings import Readings
+from geon.optim.rule import Rule
+from geon.optim.shard import Job, Matrix, Piece, Ranks
+
+WORK = torch.float32
+"""Averages are taken, and weights gathered, in fp32 whatever dtype they rest in: bf16 cannot hold a
+manifold better than 4e-3, and loses most of a small step to rounding."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a DTensor; a plain tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def grad_of(param: Tensor) -> Tensor:
+    """This rank's piece of a gradient, laid out like its parameter; a sparse one made dense."""
+    grad: Any = param.grad
+    if grad.is_sparse:
+        return grad.to_dense()
+    placements = getattr(param, "placements", None)
+    if placements is not None and grad.placements != placements:
+        grad = grad.redistribute(placements=placements)
+    return local(grad).contiguous()
+
+
+def view(stored: Tensor, piece: Piece) -> Tensor:
+    """A piece of a rank's contiguous storage as a matrix; no copy."""
+    offset = stored.storage_offset() + piece.offset
+    return stored.as_strided(piece.region.shape, (piece.stride, 1), offset)
+
+
+def signature(param: Any) -> tuple[Any, ...]:
+    """How a parameter lies: what a plan was made for."""
+    place = (param.shape, param.dtype, param.device, param.requires_grad)
+    if hasattr(param, "placements"):
+        return (*place, param.placements, param.device_mesh)
+    return place
+
+
+@dataclass
+class Active:
+    """A param group's parameters that are stepped now.
+
+    Attributes:
+        rule: with the numbers that the group holds now.
+        grads: this rank's pieces, of each parameter.
+        coasting: parameters without a gradient that are stepped all the same.
+    """
+
+    group: dict[str, Any]
+    rule: Rule | EntryRule
+    names: list[str] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    coasting: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def collect(self) -> None:
+        """Take the gradients that are there."""
+        group = self.group
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if param.requires_grad and param.grad is not None:
+                self.names.append(name)
+                self.params.append(param)
+                self.grads.append(grad_of(param))
+            elif param.requires_grad and group.get("idle") == "coast":
+                self.coasting.append((name, param))
+
+
+def largest_gradient(active: Sequence[Active], ranks: Ranks) -> tuple[float, list[str]]:
+    """Largest magnitude over all ranks, and this rank's parameters with one that is not finite.
+
+    Infinity where any is not. Waits for the device, and sends one number.
+    """
+    named = [
+        (name, grad)
+        for one in active
+        for name, grad in zip(one.names, one.grads, strict=True)
+        if grad.numel()
+    ]
+    tops = torch._foreach_norm([grad for _, grad in named], math.inf) if named else []
+    values = torch.stack([top.float() for top in tops]).tolist() if named else []
+    bad = [name for (name, _), v in zip(named, values, strict=True) if not math.isfinite(v)]
+    largest = math.inf if bad else max(values, default=0.0)
+    if ranks.group is not None:
+        shared = torch.tensor(largest, device=ranks.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=ranks.group)
+        largest = shared.item()
+    return largest, bad
+
+
+def clip(
+    active: Sequence[Active], max_norm: float, copies: Mapping[str, int], ranks: Ranks
+) -> Tensor:
+    """Clip gradients to a global 2-norm in place; return the norm before.
+
+    Exact whatever meshes the parameters lie on: each square is divided by the number of ranks that
+    hold a copy, and one sum goes over all ranks.
+    """
+    pairs = [pair for one in active for pair in zip(one.names, one.grads, strict=True)]
+    squares = [grad.float().square().sum() / copies[name] for name, grad in pairs]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=ranks.device)
+    if ranks.group is not None:
+        dist.all_reduce(total, group=ranks.group)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for _, grad in pairs:
+        grad.mul_(scale)
+    return norm
+
+
+class Step:
+    """Averaged gradients, weights and states of one step; see `geon.optim.shard.Work`.
+
+    Attributes:
+        updates: averaged gradients by parameter, this rank's pieces, contiguous, fp32.
+        weights: weights by parameter, this rank's pieces, in their own dtype; written in place.
+        moving: parameters that are stepped: only these are written.
+        rules: by route, with the numbers of this step.
+        lrs: by route; a route at 0 is not written.
+    """
+
+    def __init__(self, rank: int, alone: bool, readings: Readings) -> None:
+        self.rank, self.alone = rank, alone
+        self.updates: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.moving: set[str] = set()
+        self.rules: dict[str, Rule] = {}
+        self.lrs: dict[str, float] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        self._wide: dict[str, Tensor] = {}
+        self._readings = readings
+
+    def fold(self, one: Active, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Fold the gradients of a steepest group into its momenta.
+
+        What has no gradient travels with its bucket, is not averaged and will not be written.
+        """
+        group, rule = one.group, one.rule
+        assert isinstance(rule, Rule)
+        self.rules[group["name"]], self.lrs[group["name"]] = rule, float(group["lr"])
+        held = [local(state[param]["momentum"]) for param in one.params]
+        grads = [grad if grad.dtype == WORK else grad.to(WORK) for grad in one.grads]
+        for _, param in one.coasting:
+            held.append(local(state[param]["momentum"]))
+            grads.append(torch.zeros_like(held[-1], dtype=WORK))
+        names = [*one.names, *(name for name, _ in one.coasting)]
+        if names:
+            buffers = [buffer.to(WORK) for buffer in held]  # the same tensors where they are fp32
+            found = rule.average_all(grads, buffers)
+            if held[0].dtype != WORK:
+                torch._foreach_copy_(held, buffers)
+            self.updates.update(zip(names, found, strict=True))
+            self.moving.update(names)
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if not param.requires_grad:
+                continue
+            self.weights[name] = local(param)
+            if name not in self.updates:
+                self.updates[name] = local(state[param]["momentum"]).to(WORK)
+            if rule.row_states:
+                self._rows[name] = [state[param][key] for key in rule.row_states]
+
+    def moves(self, matrix: Matrix) -> bool:
+        """Whether the matrix has a gradient."""
+        return matrix.param in self.moving
+
+    def operand(self, matrix: Matrix, index: int, piece: Piece) -> Tensor:
+        """A piece of the update (0) or of the weight (1), in fp32."""
+        if index == 0:
+            return view(self.updates[matrix.param], piece)
+        stored = self.weights[matrix.param]
+        if stored.dtype != WORK:
+            if matrix.param not in self._wide:
+                self._wide[matrix.param] = stored.to(WORK)
+            stored = self._wide[matrix.param]
+        return view(stored, piece)
+
+    def row_states(self, matrix: Matrix) -> list[Tensor]:
+        """The finishes' numbers for the rows of a matrix, views."""
+        found = []
+        for state in self._rows.get(matrix.param, ()):
+            own = state[matrix.box.cols[0] // matrix.shape[1]] if state.dim() == 2 else state
+            found.append(own[slice(*matrix.box.rows)])
+        return found
+
+    def set_row_states(self, matrix: Matrix, states: Sequence[Tensor]) -> None:
+        """Take row states that another rank has computed."""
+        if self.moves(matrix):
+            for own, new in zip(self.row_states(matrix), states, strict=True):
+                own.copy_(new)
+
+    def solve(self, jobs: Sequence[Job], operands: Sequence[Tensor]) -> Tensor:
+        """Directions, or new weights, of a batch by its rule; row states are written."""
+        matrix = jobs[0].matrix
+        rule, lr = self.rules[matrix.route], self.lrs[matrix.route]
+        update, weight = operands[0], operands[1] if len(operands) == 2 else None
+        own = [self.row_states(job.matrix) for job in jobs] if matrix.row_states else []
+        rows = [torch.stack(states) for states in zip(*own, strict=True)]
+        result, kept, solution = rule.step(update, weight, lr, matrix.shape, matrix.scale, rows)
+        for k, new in enumerate(kept):
+            pairs = zip(jobs, own, new.unbind(), strict=True)
+            taken = [(states[k], one) for job, states, one in pairs if self.moves(job.matrix)]
+            if taken:
+                torch._foreach_copy_([old for old, _ in taken], [one for _, one in taken])
+        if weight is not None and (self._readings.wanted or solution.fell_back is not None):
+            # Where several ranks compute the same, its owner takes note of it.
+            which = [i for i, job in enumerate(jobs) if job.owner == self.rank]
+            unit = weight if matrix.scale == 1.0 else weight / matrix.scale
+            if which:
+                self._readings.take(rule, update, unit, solution, which)
+        return result
+
+    def write(self, results: Iterable[tuple[Matrix, Piece, Tensor]]) -> None:
+        """Move weights by pieces of directions, or replace them; alike ones at once."""
+        alike: dict[Hashable, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for matrix, piece, result in results:
+            if self.moves(matrix) and self.lrs[matrix.route] != 0.0:
+                stored = self.weights[matrix.param]
+                key = matrix.route, matrix.shape, stored.dtype
+                alike[key].append((view(stored, piece), result))
+        for (route, shape, _), pairs in alike.items():  # type: ignore[misc]
+            weights, found = zip(*pairs, strict=True)
+            self.rules[route].write(weights, found, self.lrs[route], shape)
+
+    def lr(self, matrix: Matrix) -> float:
+        """Learning rate of the matrix's route."""
+        return self.lrs[matrix.route]
+
+    def gram_form(self, matrix: Matrix) -> Any:
+        """The step of the matrix from sums over its long side."""
+        return self.rules[matrix.route].gram_form(matrix.shape)
+
+    def row_form(self, matrix: Matrix) -> Any:
+        """The step of its rows from their lengths."""
+        return self.rules[matrix.route].row_form
+
+    def count_fallbacks(self, fell_back: Tensor) -> None:
+        """Take note of matrices that a cheaper solver stood in for."""
+        self._readings.count(fell_back)
