@@ -387,7 +387,7 @@ def build(
     initialise(model, routing, config.seed)
     parallel.wrap(model)
     if config.parallel.layout is Layouts.deepspeed:
-        from geon.engine.backends import DeepSpeed
+        from geon.engine.backends import DeepSpeed  # it makes an optimizer of its own
 
         half = parallel.dtype is torch.bfloat16
         sizes = batches.micro, batches.accumulation

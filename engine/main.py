@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from geon.configs.schema import Config, Mode
 from geon.engine import build, checkpoint, planning, runfolder
+from geon.engine.backends import check_deepspeed
 from geon.engine.callbacks import Checkpointer, Evaluator, Progress, Spectrum, write_json
 from geon.engine.curvature import Curvature
 from geon.engine.evaluate import val_windows
@@ -48,6 +49,7 @@ def train(config: Config, env: Env) -> None:
     model = build.make_model(config.model)
     routing = build.make_routing(model, config.optim)
     build.check_cuts(routing, config.parallel)
+    check_deepspeed(config, routing)
     resume = _find_resume(config, build.fingerprint(model), env)
     if resume is not None and any(isinstance(r, Baseline) for r in routing.rules.values()):
         raise UsageError(

@@ -17,7 +17,7 @@ from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.models import LanguageModel
 from geon.optim import HybridOptimizer, ParamInfo, Role
-from geon.optim.shard import Grid, Layout
+from geon.optim.shard import Flat, Grid, Layout
 
 
 def mesh_shape(config: ParallelConfig, world: int) -> dict[str, int]:
@@ -110,12 +110,22 @@ def planned_cuts(
     return planned
 
 
+def planned_flat(info: ParamInfo, config: ParallelConfig, world: int) -> Layout:
+    """Layout that DeepSpeed will give a parameter: whole at stage 0, otherwise runs.
+
+    Stages 1 and 2 pad a group to a multiple of 2 ranks (their `nccl_start_alignment_factor`),
+    stage 3 each parameter to a multiple of the ranks.
+    """
+    if config.zero == 0:
+        return Grid.whole(info.shape, world)
+    unit = 2 * world if config.zero < 3 else world
+    return Flat(info.matrix_shape, world, -(-info.numel // unit) * unit // world)
+
+
 def planned_layouts(model: LanguageModel, config: ParallelConfig, world: int) -> dict[str, Layout]:
     """Layout that each parameter will have, known without a process group."""
     sizes = mesh_shape(config, world)
     if config.layout is Layouts.deepspeed:
-        from geon.engine.backends import planned_flat
-
         return {i.name: planned_flat(i, config, world) for i in model.infos}
     names, planned = list(sizes), planned_cuts(model, config, world)
     layouts: dict[str, Layout] = {}

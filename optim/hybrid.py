@@ -103,11 +103,9 @@ class HybridOptimizer(torch.optim.Optimizer):
         rules = [group.rule for group in groups if group.params]
         steepest = any(isinstance(rule, Rule) for rule in rules)
         entries = next((rule.hyper for rule in rules if isinstance(rule, EntryRule)), {})
-        # OneCycleLR and CyclicLR look here for what they may cycle.
-        super().__init__(
-            [self._register(group) for group in groups if group.params],
-            {"lr": groups[0].lr if groups else 0.0} | ({"momentum": 0.95} if steepest else entries),
-        )
+        super().__init__([self._register(group) for group in groups if group.params], {})
+        # OneCycleLR and CyclicLR look here for what they may cycle; groups take nothing from here.
+        self.defaults.update({"momentum": 0.95} if steepest else entries)
         self._joining = False
         self._plan()
         if project:
@@ -138,7 +136,9 @@ class HybridOptimizer(torch.optim.Optimizer):
                 f"not a {type(param_group).__name__}: Group(name, rule, lr, [(info, parameter)])"
             )
         check_groups([*self._groups(), param_group], shapes=self._placement is None)
+        defaults, self.defaults = self.defaults, {}
         super().add_param_group(self._register(param_group))
+        self.defaults = defaults
         self._plan()
         self.check_on_manifold()
 

@@ -136,12 +136,15 @@ def unit_max(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return x / top.clamp_min(torch.finfo(x.dtype).tiny)
 
 
-def unit_frobenius(x: Tensor, dim: int | tuple[int, ...] = (-2, -1), margin: float = 1.0) -> Tensor:
-    """Scale to the 2-norm 1 / `margin` along `dim`, from any scale; zeros stay zeros."""
-    x = unit_max(x, dim)
+def unit_frobenius(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
+    """Divide by the 2-norm along `dim`, at any scale; zeros stay zeros."""
+    return unit_scaled(unit_max(x, dim), dim)
+
+
+def unit_scaled(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
+    """`unit_frobenius` of what is known to be about 1 in size: squares stay in range."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    norm = norm.clamp_min(torch.finfo(x.dtype).tiny)
-    return x / (norm if margin == 1.0 else norm * margin)
+    return x / norm.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def frobenius(x: Tensor) -> Tensor:

@@ -258,8 +258,9 @@ class Rule:
         moved = self.move(unit, direction, lr)
         for finish in self._settling:  # type: ignore[attr-defined]
             moved = finish.settle(unit, moved)
-        if scale != 1.0:
-            moved = weight.where(moved == unit, moved * scale)  # no rounding of what stays
+        if scale != 1.0:  # a weight that stays is not rounded
+            scaled = moved * scale
+            moved = scaled if self.decay else weight.where(moved == unit, scaled)
         return Stepped(moved, kept, solution)
 
     def length(self, shape: tuple[int, ...]) -> float:

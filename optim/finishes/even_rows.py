@@ -26,8 +26,8 @@ class EvenRows(Finish):
     def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
         """D_i <- D_i mean / |D_i|, mean the root mean square of the lengths."""
         rows = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-        mean = rows.square().mean(dim=-2, keepdim=True).sqrt()
-        return direction * (mean / rows).where(rows > 0, torch.zeros_like(rows))
+        mean = torch.linalg.vector_norm(rows, dim=-2, keepdim=True) / rows.shape[-2] ** 0.5
+        return direction * (mean / rows.clamp_min(1e-20))
 
     def describe(self) -> str:
         """For tables."""

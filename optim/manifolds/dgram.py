@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from geon.optim.linalg import gaussian, orient, orient_like, unit_frobenius
+from geon.optim.linalg import gaussian, multiply_add, orient, orient_like, unit_frobenius
 from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.manifolds.sphere import refuse_zero_vectors
 from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE, Stiefel
@@ -36,7 +36,7 @@ class DGram(Manifold):
         Cost: 4 l s^2 FLOPs.
         """
         w, v = orient(weight), orient(vector)
-        return orient_like(v - w @ normal_coefficients(w, v), vector)
+        return orient_like(tangent_tall(w, v, inverse_sums(w)), vector)
 
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
         """Cubic Newton-Schulz steps on the unit columns (two above 0.05 rad); lengths kept.
@@ -47,9 +47,10 @@ class DGram(Manifold):
         Cost: 4 l s^2 FLOPs a step, in the weight's dtype.
         """
         w = orient(weight)
-        lengths, u = torch.linalg.vector_norm(w, dim=-2, keepdim=True), unit_frobenius(w, dim=-2)
+        lengths = torch.linalg.vector_norm(w, dim=-2, keepdim=True)
+        u = w / lengths.clamp_min(torch.finfo(w.dtype).tiny)
         for _ in range(2 if angle > TWO_STEPS_ABOVE else 1):
-            u = 1.5 * u - 0.5 * (u @ (u.mT @ u))
+            u = multiply_add(1.5, u, -0.5, u, u.mT @ u)
         return orient_like(u * lengths, weight)
 
     def residual(self, weight: Tensor) -> Tensor:
@@ -78,12 +79,22 @@ class DGram(Manifold):
         return orient_like(unit * lengths, weight).to(weight.dtype)
 
 
-def normal_coefficients(w: Tensor, v: Tensor) -> Tensor:
-    """S of the normal part W S of v at a tall w; zero between columns that are both zero."""
-    gram = w.mT @ v
+def inverse_sums(w: Tensor) -> Tensor:
+    """1 / (d_i^2 + d_j^2) of the columns of a tall w, (..., s, s), zero on the diagonal.
+
+    Where both are zero it is large, and multiplies a zero.
+    """
     squares = w.square().sum(dim=-2)
     sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
-    return zero_diagonal(gram + gram.mT) / torch.where(sums > 0, sums, torch.ones_like(sums))
+    inverse = sums.clamp_min(torch.finfo(w.dtype).tiny).reciprocal()
+    inverse.diagonal(dim1=-2, dim2=-1).zero_()
+    return inverse
+
+
+def tangent_tall(w: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
+    """Projection of v on the tangent space at a tall w, with its `inverse_sums`."""
+    gram = w.mT @ v
+    return multiply_add(1.0, v, -1.0, w, (gram + gram.mT) * inverse)
 
 
 def zero_diagonal(x: Tensor) -> Tensor:

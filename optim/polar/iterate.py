@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from geon.optim.linalg import Precision, multiply_add, product, unit_frobenius
+from geon.optim.linalg import (
+    Precision,
+    multiply_add,
+    product,
+    unit_frobenius,
+    unit_scaled,
+)
 from geon.optim.polar.coefficients import POLAR_EXPRESS, TABLES, Coefficients, Triple
 from geon.optim.polar.interval import steps_for
 from geon.optim.polar.minimax import minimax
@@ -32,18 +38,21 @@ def polar(
     Source: Newton-Schulz form, K. Jordan (Muon); coefficients as named by the table.
     Cost: steps * (4 s^2 l + 2 s^3) FLOPs, s and l the short and long side; a cubic step 4 s^2 l.
     """
-    return _iterate(matrix, coefficients.steps(steps), precision)
+    return _iterate(unit_frobenius(matrix), coefficients.steps(steps), precision)
 
 
-def _iterate(matrix: Tensor, triples: Sequence[Triple], precision: Precision | None) -> Tensor:
-    wide = matrix.shape[-2] < matrix.shape[-1]
-    x = unit_frobenius(matrix, margin=POLAR_MARGIN)
-    x = x.mT if wide else x
+def _iterate(unit: Tensor, triples: Sequence[Triple], precision: Precision | None) -> Tensor:
+    """Steps on matrices of Frobenius norm 1 at most; the margin is in the first polynomial."""
+    wide = unit.shape[-2] < unit.shape[-1]
+    x = unit.mT if wide else unit
     x = x if precision is None else precision.cast(x)
+    margin = POLAR_MARGIN
     for a, b, c in triples:
+        a, b, c = a / margin, b / margin**3, c / margin**5
         gram = product(x.mT, x, precision)
         x = multiply_add(a, x, 1.0, x, even_part(gram, b, c, precision), precision)
-    return (x.mT if wide else x).to(matrix.dtype)
+        margin = 1.0
+    return (x.mT if wide else x).to(unit.dtype)
 
 
 def even_part(gram: Tensor, b: float, c: float, precision: Precision | None = None) -> Tensor:
@@ -111,7 +120,13 @@ class Polar:
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Polar factor of a batch (..., d_out, d_in)."""
-        return _iterate(matrix, self._triples, self.precision_on(matrix.device))
+        precision = self.precision_on(matrix.device)
+        return _iterate(unit_frobenius(matrix), self._triples, precision)
+
+    def of_scaled(self, matrix: Tensor) -> Tensor:
+        """The same for matrices that are known to be about 1 in size."""
+        precision = self.precision_on(matrix.device)
+        return _iterate(unit_scaled(matrix), self._triples, precision)
 
     def flops(self, shape: tuple[int, int]) -> int:
         """FLOPs of one polar factor of this shape, every pass of bf16x3 counted."""

@@ -80,7 +80,7 @@ def find(norm: Norm, manifold: Manifold) -> ClosedForm | None:
         case Spectral() if isinstance(manifold, SpectralSphere):
             return made(lambda g, w: _one_constraint(norm, g, _top(w)), SCALAR_EVALUATIONS)
         case Spectral() if isinstance(manifold, DGram):
-            return made(lambda g, w: _dgram(norm, manifold, g, w), 1 + 2 * DGRAM_ROUNDS)
+            return made(lambda g, w: _dgram(norm, g, w), 1 + 2 * DGRAM_ROUNDS)
         case Frobenius():
             return made(lambda g, w: tangent_normalised(g, w, manifold))
         case RMS() if on_sphere:
@@ -100,8 +100,8 @@ def _one_constraint(norm: Spectral, grad: Tensor, theta: Tensor) -> Tensor:
     return direction * norm.factor(grad.shape)
 
 
-def _dgram(norm: Spectral, manifold: DGram, grad: Tensor, weight: Tensor) -> Tensor:
-    direction = dgram_spectral(grad, weight, manifold, norm.polar, DGRAM_ROUNDS)
+def _dgram(norm: Spectral, grad: Tensor, weight: Tensor) -> Tensor:
+    direction = dgram_spectral(grad, weight, norm.polar.of_scaled, DGRAM_ROUNDS)
     return direction * norm.factor(grad.shape)
 
 
