@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
@@ -42,7 +42,7 @@ class Group:
     name: str
     rule: Rule | EntryRule
     lr: float
-    params: list[tuple[ParamInfo, nn.Parameter]]
+    params: Sequence[tuple[ParamInfo, Tensor]]
     per_head: bool = False
     idle: str = "skip"
 
@@ -161,19 +161,22 @@ def _check_role(info: ParamInfo, group: Group) -> None:
         )
 
 
-def blocks_off(info: ParamInfo, weight: Tensor, rule: Rule | EntryRule, per_head: bool) -> float:
-    """Largest residual of a whole parameter's blocks on the rule's manifold; 0 where it has none.
+def check_near(info: ParamInfo, weight: Tensor, rule: Rule, per_head: bool) -> None:
+    """Refuse a whole weight that is far from its manifold, or not finite, in any of its blocks.
 
-    Not finite weights count as infinitely far.
+    Raises:
+        UsageError: names the parameter, how far it is, and what mends it.
     """
-    if not isinstance(rule, Rule) or not rule.manifold.constrains or not weight.numel():
-        return 0.0
-    given, worst = weight.reshape(info.matrix_shape).float(), 0.0
-    for block in info.blocks(per_head):
-        unit = given[block.slices] / block_scale(rule, block)
-        off = float(rule.manifold.distance(unit))
-        worst = max(worst, off if math.isfinite(off) else math.inf)
-    return worst
+    given = weight.reshape(info.matrix_shape).float()
+    for block in info.blocks(per_head) if weight.numel() else ():
+        off = float(rule.manifold.distance(given[block.slices] / block_scale(rule, block)))
+        if not off <= FAR:
+            raise UsageError(
+                f"parameter '{info.name}' is not on {type(rule.manifold).__name__}: its residual "
+                f"is {off:.2g}, at most {FAR:g} may be stepped. Bring it there by "
+                "HybridOptimizer(..., project=True), by project_() of its Group or of the "
+                "optimizer, or give it manifold=euclidean"
+            )
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """One torch optimizer whose param groups each carry their rule."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,18 +11,25 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
-from geon.optim.groups import FAR, Group, blocks_off, check_groups, project_
+from geon.optim.groups import Group, check_groups, check_near, project_
 from geon.optim.linalg import ieee_products
 from geon.optim.matrices import plan_of
 from geon.optim.readings import Readings
 from geon.optim.roles import ParamInfo
 from geon.optim.rule import Rule
 from geon.optim.shard import Exchange, Layout, Plan, Ranks, Sharding, holding
-from geon.optim.state import bare, check_names, check_rule, fill, load_group, relaid, saved_by_name
-from geon.optim.step import WORK, Active, Step, clip, largest_gradient, signature
+from geon.optim.state import Here, Member, load_group, loaded, relaid
+from geon.optim.step import WORK, Active, Step, admitted, clip, rule_now, signature
 from geon.optim.storage import bytes_of, check_contiguous, whole
 
 NONFINITE = ("raise", "skip", "ignore")
+
+
+_KEPT = (
+    *("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings"),
+    *("_infos", "_per_head", "_momentum", "_sharding", "_joining"),
+)
+"""What copies take along besides torch's own."""
 
 
 class Placement(NamedTuple):
@@ -95,7 +101,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._per_head: dict[str, bool] = {}
         self._momentum = momentum
         self._sharding, self._mesh, self._placement = sharding or Sharding(), mesh, placement
-        self._adjusted: dict[str, tuple[Any, Rule]] = {}
+        self._adjusted: dict[str, Rule] = {}
         self._exchange: Exchange | None = None
         self._layouts: dict[str, Layout] = {}
         self._seen: dict[str, tuple[Tensor, tuple[Any, ...]]] = {}
@@ -229,11 +235,7 @@ class HybridOptimizer(torch.optim.Optimizer):
                 members.append((self._infos[name], group["name"], rule, per_head))
         device = next((p.device.type for p in named.values()), "cpu")
         plan = plan_of(members, self._layouts, self._sharding, device)
-        counted = self._exchange
-        self._exchange = Exchange(plan, ranks)
-        if counted is not None:
-            self._exchange.bytes_sent = counted.bytes_sent
-            self._exchange.collectives = counted.collectives
+        self._exchange = Exchange(plan, ranks, self._exchange)
         self._seen = {name: (param, signature(param)) for name, param in named.items()}
         for group, name, param in self._named():
             if param.requires_grad and not self.state.get(param):
@@ -303,14 +305,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             if not (trained and isinstance(rule, Rule) and rule.manifold.constrains):
                 continue
             weight = whole(param, self.layouts[name], self.ranks.group)
-            off = blocks_off(info, weight, rule, self._per_head[group["name"]])
-            if off > FAR:
-                raise UsageError(
-                    f"parameter '{name}' is not on {type(rule.manifold).__name__}: its residual is "
-                    f"{off:.2g}, at most {FAR:g} may be stepped. Bring it there by "
-                    "HybridOptimizer(..., project=True), by project_() of its Group or of the "
-                    "optimizer, or give it manifold=euclidean"
-                )
+            check_near(info, weight, rule, self._per_head[group["name"]])
 
     # The step.
 
@@ -330,84 +325,40 @@ class HybridOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refresh()
-        everyone = [Active(group, self._rule(group)) for group in self.param_groups]
+        everyone = [
+            Active(group, rule_now(group, self.rules[group["name"]], self._adjusted))
+            for group in self.param_groups
+        ]
         for one in everyone:
             one.collect()
         active = [one for one in everyone if one.names or one.coasting]
-        if self._admit(active):
-            step, exchange = self._fold(everyone), self.exchange
-            cuda = any(weight.is_cuda for weight in step.weights.values())
-            with ieee_products() if cuda else nullcontext():
-                exchange.run(step, step.moving, lambda: self._step_entries(active))
-            if self.readings.wanted:
-                self.readings.close()
-        return loss
-
-    def _rule(self, group: dict[str, Any]) -> Rule | EntryRule:
-        """The group's rule with the numbers that the group holds now."""
-        name, lr = group["name"], float(group["lr"])
-        if not 0.0 <= lr < math.inf:
-            raise UsageError(f"group '{name}': lr {lr} must be finite and 0 or more")
-        rule = self.rules[name]
-        if not isinstance(rule, Rule):
-            if "momentum" in group and "betas" in group:  # a scheduler cycles it
-                group["betas"] = (group.pop("momentum"), *group["betas"][1:])
-            return rule
-        numbers = group["momentum"], group["nesterov"], group["weight_decay"]
-        known = self._adjusted.get(name)
-        if known is None or known[0] != numbers:
-            try:
-                known = numbers, rule.adjusted(*numbers)
-            except UsageError as error:
-                raise UsageError(f"group '{name}': {error}") from None
-            self._adjusted[name] = known
-        return known[1]
-
-    def _admit(self, active: Sequence[Active]) -> bool:
-        """Whether this step is to be taken: all ranks agree.
-
-        Raises:
-            FloatingPointError: a gradient that is not finite, unless such steps are skipped.
-        """
-        still = all(float(one.group["lr"]) == 0.0 for one in active)
-        if self.nonfinite == "ignore" and not still:
-            return True
-        largest, bad = largest_gradient(active, self.ranks)
-        if still and largest == 0.0:
-            return False
-        if math.isfinite(largest) or self.nonfinite == "ignore":
-            return True
-        if self.nonfinite == "skip":
-            self.skipped += 1
-            return False
-        where = f"of '{bad[0]}' and {len(bad) - 1} more" if bad else "on another rank"
-        raise FloatingPointError(
-            f"a gradient {where} is not finite: nothing was stepped, weights and state are as they "
-            "were. Lower the learning rate, or set HybridOptimizer(nonfinite='skip') "
-            "(optim.nonfinite=skip) to leave out such steps"
-        )
-
-    def _fold(self, everyone: Sequence[Active]) -> Step:
-        """Fold the gradients into the momenta; what the exchange then works on."""
+        if not admitted(active, self.nonfinite, self.ranks):
+            self.skipped += any(float(one.group["lr"]) for one in active)
+            return loss
         step = Step(self.ranks.rank, self._sharding.reproducible, self.readings)
         for one in everyone:
             if isinstance(one.rule, Rule):
                 step.fold(one, self.state)
-        return step
+        cuda = any(weight.is_cuda for weight in step.weights.values())
+        with ieee_products() if cuda else nullcontext():
+            self.exchange.run(step, step.moving, lambda: self._step_entries(active))
+        if self.readings.wanted:
+            self.readings.close()
+        return loss
 
     def _step_entries(self, active: Sequence[Active]) -> None:
         """Clip and step what is not stepped as matrices."""
-        entries = [one for one in active if isinstance(one.rule, EntryRule)]
+        entries = [(one, one.rule) for one in active if isinstance(one.rule, EntryRule)]
         if self.max_norm and entries:
             shares = {
                 name: holding(self.layouts[name]).shares(self.ranks.rank)
-                for one in entries
+                for one, _ in entries
                 for name in one.names
             }
-            self.entry_norm = clip(entries, self.max_norm, shares, self.ranks)
-        for one in entries:
-            states = [self.state[param] for param in one.params]
-            one.rule.step(one.group, one.params, one.grads, states)  # type: ignore[union-attr]
+            gradients = [one for one, _ in entries]
+            self.entry_norm = clip(gradients, self.max_norm, shares, self.ranks)
+        for one, rule in entries:
+            rule.step(one.group, one.params, one.grads, [self.state[p] for p in one.params])
 
     # Saving and loading.
 
@@ -429,30 +380,20 @@ class HybridOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        states, groups = saved_by_name(state_dict)
-        check_names({bare(n): p.requires_grad for _, n, p in self._named()}, groups)
-        loaded: dict[Tensor, dict[str, Any]] = {}
-        for group, name, param in self._named():
-            if (saved := states.get(bare(name))) is None:
-                continue
-            check_rule(name, self.rules[group["name"]].name, groups[bare(name)])
-            loaded[param] = self._new_state(group, name, param)
-            if loaded[param]:
-                fill(name, loaded[param], saved)
-            else:  # another package's, which makes its state as it steps
-                loaded[param] = copy.deepcopy(dict(saved))
-        self.state.update(loaded)
+        members = [
+            Member(name, param, self.rules[group["name"]].name, self._new_state(group, name, param))
+            for group, name, param in self._named()
+        ]
+        self.state.update(loaded(state_dict, members))
         for group in self.param_groups:
-            load_group(group, state_dict["param_groups"], bare(group["param_names"][0]))
+            load_group(group, state_dict["param_groups"])
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this process: the exchange is planned again when needed."""
-        names = ("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings", "_infos")
-        names += ("_per_head", "_momentum", "_sharding", "_joining")
-        kept = {name: self.__dict__[name] for name in names}
-        here = {"_mesh": _Here(self._mesh), "_placement": _Here(self._placement)}
+        kept = {name: self.__dict__[name] for name in _KEPT}
+        here = {"_mesh": Here(self._mesh), "_placement": Here(self._placement)}
         return {**super().__getstate__(), **kept, **here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -460,16 +401,3 @@ class HybridOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._mesh, self._placement = state["_mesh"].value, state["_placement"].value
         self._exchange, self._seen, self._adjusted, self._layouts = None, {}, {}, {}
-
-
-class _Here:
-    """A value that copies share, and that does not leave the process."""
-
-    def __init__(self, value: Any = None) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: Any) -> "_Here":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Here, ()

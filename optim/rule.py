@@ -212,10 +212,11 @@ class Rule:
 
     def average_all(self, grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> list[Tensor]:
         """`average` for many tensors of one dtype at once."""
+        grads, buffers = list(grads), list(buffers)
         torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
-        if self.nesterov:
-            return list(torch._foreach_lerp(grads, buffers, self.momentum))
-        return list(buffers)
+        return (
+            list(torch._foreach_lerp(grads, buffers, self.momentum)) if self.nesterov else buffers
+        )
 
     def solve(
         self, update: Tensor, weight: Tensor | None, shape: tuple[int, int] | None = None

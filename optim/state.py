@@ -1,7 +1,8 @@
 """Optimizer state by name: saved by one optimizer, taken by another, whatever lies between them."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,42 +22,71 @@ def bare(name: str) -> str:
     return name
 
 
-def saved_by_name(
-    saved: Mapping[str, Any],
-) -> tuple[dict[str, Mapping[str, Any]], dict[str, Mapping[str, Any]]]:
-    """State and param group of each parameter in a state dict, by bare name.
+class Member(NamedTuple):
+    """A parameter that takes saved state.
+
+    Attributes:
+        rule: name of its rule.
+        fresh: its state as it starts: tensors that saved ones are copied into. Empty for rules that
+            make their state as they step.
+    """
+
+    name: str
+    param: Tensor
+    rule: str
+    fresh: dict[str, Any]
+
+
+def loaded(saved: Mapping[str, Any], members: Sequence[Member]) -> dict[Tensor, dict[str, Any]]:
+    """State of each parameter that a state dict has state of; every rank must call.
 
     Raises:
-        UsageError: a state dict without names.
+        UsageError: no names, other parameters, or another rule's state.
     """
+    states, groups = _by_name(saved)
+    _check_names({bare(one.name): one.param.requires_grad for one in members}, groups)
+    found: dict[Tensor, dict[str, Any]] = {}
+    for name, param, rule, fresh in members:
+        if (state := states.get(bare(name))) is None:
+            continue
+        check_rule(name, rule, groups[bare(name)])
+        if fresh:
+            fill(name, fresh, state)
+        found[param] = fresh or copy.deepcopy(dict(state))
+    return found
+
+
+def _by_name(
+    saved: Mapping[str, Any],
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, Mapping[str, Any]]]:
+    """State and param group of each parameter in a state dict, by bare name."""
     states: dict[str, Mapping[str, Any]] = {}
     groups: dict[str, Mapping[str, Any]] = {}
     for group in saved["param_groups"]:
-        keys = group["params"]
-        # "names": written before 2026-11; strings: torch.distributed.checkpoint names parameters.
-        names = group.get("param_names") or group.get("names")
-        if names is None and all(isinstance(key, str) for key in keys):
-            names = keys
-        if names is None or len(names) != len(keys):
-            raise UsageError(
-                "the optimizer's state dict does not name its parameters (it was written by "
-                "another optimizer?): state is matched by name and never by position"
-            )
-        for key, name in zip(keys, names, strict=True):
-            groups[bare(name)] = group
+        for key, name in zip(group["params"], _names(group), strict=True):
+            groups[name] = group
             if key in saved["state"]:
-                states[bare(name)] = saved["state"][key]
+                states[name] = saved["state"][key]
     return states, groups
 
 
-def check_names(own: Mapping[str, bool], saved: Mapping[str, Any]) -> None:
-    """Refuse a state dict of other parameters.
+def _names(group: Mapping[str, Any]) -> list[str]:
+    """Bare names of the parameters of a saved group."""
+    keys = group["params"]
+    # "names": written before 2026-11; strings: torch.distributed.checkpoint names parameters.
+    names = group.get("param_names") or group.get("names")
+    if names is None and all(isinstance(key, str) for key in keys):
+        names = keys
+    if names is None or len(names) != len(keys):
+        raise UsageError(
+            "the optimizer's state dict does not name its parameters (it was written by another "
+            "optimizer?): state is matched by name and never by position"
+        )
+    return [bare(name) for name in names]
 
-    own: by bare name, whether the parameter is trained.
 
-    Raises:
-        UsageError: names the first parameter that only one side has.
-    """
+def _check_names(own: Mapping[str, bool], saved: Mapping[str, Any]) -> None:
+    """Refuse a state dict of other parameters. own: whether a parameter is trained."""
     if foreign := sorted(set(saved) - set(own)):
         raise UsageError(
             f"the state dict is of parameter '{foreign[0]}' and {len(foreign) - 1} more that this "
@@ -113,8 +143,9 @@ def take(given: Tensor, own: Tensor) -> None:
         lay(whole(given).to(own.device), own)
 
 
-def load_group(own: dict[str, Any], saved: Sequence[Mapping[str, Any]], first: str) -> None:
+def load_group(own: dict[str, Any], saved: Sequence[Mapping[str, Any]]) -> None:
     """Take rates and other numbers of the saved group of the same name, or of its parameters."""
+    first = bare(own["param_names"][0])
     named = [group for group in saved if group.get("name") == own["name"]]
     holding = [group for group in saved if first in _names(group)]
     for group in (named or holding)[:1]:
@@ -123,11 +154,6 @@ def load_group(own: dict[str, Any], saved: Sequence[Mapping[str, Any]], first: s
                 own["initial_lr"] = value
             elif key not in _OWN_KEYS:
                 own[key] = value
-
-
-def _names(group: Mapping[str, Any]) -> list[str]:
-    names = group.get("param_names") or group.get("names") or group["params"]
-    return [bare(str(name)) for name in names]
 
 
 def relaid(state: Mapping[str, Any], old: Tensor, new: Tensor) -> dict[str, Any]:
@@ -146,3 +172,16 @@ def relaid(state: Mapping[str, Any], old: Tensor, new: Tensor) -> dict[str, Any]
         else:
             found[key] = value.to(new.device)
     return found
+
+
+class Here:
+    """A value that copies share, and that does not leave the process."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> "Here":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Here, ()

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from geon.errors import UsageError
 from geon.optim.entries import EntryRule
 from geon.optim.readings import Readings
 from geon.optim.rule import Rule
@@ -80,11 +81,46 @@ class Active:
                 self.coasting.append((name, param))
 
 
-def largest_gradient(active: Sequence[Active], ranks: Ranks) -> tuple[float, list[str]]:
-    """Largest magnitude over all ranks, and this rank's parameters with one that is not finite.
+def rule_now(
+    group: dict[str, Any], rule: Rule | EntryRule, known: dict[str, Rule]
+) -> Rule | EntryRule:
+    """A group's rule with the numbers that the group holds now.
 
-    Infinity where any is not. Waits for the device, and sends one number.
+    known: the rule that was made last, by group.
+
+    Raises:
+        UsageError: names the group and the number that is out of range.
     """
+    name, lr = group["name"], float(group["lr"])
+    if not 0.0 <= lr < math.inf:
+        raise UsageError(f"group '{name}': lr {lr} must be finite and 0 or more")
+    if not isinstance(rule, Rule):
+        if "momentum" in group and "betas" in group:  # a scheduler cycles it
+            group["betas"] = (group.pop("momentum"), *group["betas"][1:])
+        return rule
+    numbers = group["momentum"], group["nesterov"], group["weight_decay"]
+    last = known.get(name)
+    if last is None or (last.momentum, last.nesterov, last.decay) != numbers:
+        try:
+            last = known[name] = rule.adjusted(*numbers)
+        except UsageError as error:
+            raise UsageError(f"group '{name}': {error}") from None
+    return last
+
+
+def admitted(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> bool:
+    """Whether a step is to be taken: all ranks agree. Waits for the device, and sends one number.
+
+    Not where every rate and gradient is zero: so state is made by torch.distributed.checkpoint.
+
+    nonfinite: raise, skip or ignore.
+
+    Raises:
+        FloatingPointError: a gradient that is not finite, where that is to be raised.
+    """
+    still = all(float(one.group["lr"]) == 0.0 for one in active)
+    if nonfinite == "ignore" and not still:
+        return True
     named = [
         (name, grad)
         for one in active
@@ -99,7 +135,16 @@ def largest_gradient(active: Sequence[Active], ranks: Ranks) -> tuple[float, lis
         shared = torch.tensor(largest, device=ranks.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=ranks.group)
         largest = shared.item()
-    return largest, bad
+    if math.isfinite(largest) or nonfinite == "ignore":
+        return not (still and largest == 0.0)
+    if nonfinite == "skip":
+        return False
+    where = f"of '{bad[0]}' and {len(bad) - 1} more" if bad else "on another rank"
+    raise FloatingPointError(
+        f"a gradient {where} is not finite: nothing was stepped, weights and state are as they "
+        "were. Lower the learning rate, or set HybridOptimizer(nonfinite='skip') "
+        "(optim.nonfinite=skip) to leave out such steps"
+    )
 
 
 def clip(
@@ -120,6 +165,10 @@ def clip(
     for _, grad in pairs:
         grad.mul_(scale)
     return norm
+
+
+_Alike = tuple[str, tuple[int, int], torch.dtype]
+"""Route, shape and dtype of weights that are written together."""
 
 
 class Step:
@@ -226,13 +275,13 @@ class Step:
 
     def write(self, results: Iterable[tuple[Matrix, Piece, Tensor]]) -> None:
         """Move weights by pieces of directions, or replace them; alike ones at once."""
-        alike: dict[Hashable, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        alike: dict[_Alike, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for matrix, piece, result in results:
             if self.moves(matrix) and self.lrs[matrix.route] != 0.0:
                 stored = self.weights[matrix.param]
                 key = matrix.route, matrix.shape, stored.dtype
                 alike[key].append((view(stored, piece), result))
-        for (route, shape, _), pairs in alike.items():  # type: ignore[misc]
+        for (route, shape, _), pairs in alike.items():
             weights, found = zip(*pairs, strict=True)
             self.rules[route].write(weights, found, self.lrs[route], shape)
 

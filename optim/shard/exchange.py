@@ -84,11 +84,14 @@ class Exchange:
         collectives: collectives issued so far.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, plan: Plan, ranks: Ranks | None = None, before: "Exchange | None" = None
+    ) -> None:
+        """before: the exchange whose place this one takes, and whose counts go on."""
         self.plan = plan
         self.ranks = ranks or Ranks()
-        self.bytes_sent = 0
-        self.collectives = 0
+        self.bytes_sent: int = before.bytes_sent if before else 0
+        self.collectives: int = before.collectives if before else 0
         if plan.jobs and plan.ranks != self.ranks.size:
             raise UsageError(
                 f"the plan is for {plan.ranks} ranks, but {self.ranks.size} step together"
