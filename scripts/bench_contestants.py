@@ -14,9 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from geon.errors import UsageError, nearest
 from geon.optim import Ladder, Polar, Precision, Rule, Spectral
-from geon.optim.manifolds.stiefel import orient, orient_like
-from geon.optim.polar import ieee_products
-from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.linalg import ieee_products, orient, orient_like, unit_frobenius
 from geon.optim.solvers import Solution
 from geon.optim.solvers.published import dual_ascent
 from geon.scripts.bench_problems import STIEFEL, Problem

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from geon.configs.schema import Layouts, ParallelConfig
 from geon.engine.parallel import Parallel, mesh_shape
 from geon.launch.env import Env
 from geon.models import GPT, ModelShape
-from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral
-from geon.optim.shard import Arena, Wishes, holding, view
+from geon.optim import Group, HybridOptimizer, ParamInfo, Placement, Role, Rule, Sharding, Spectral
+from geon.optim.shard import Flat, Ranks, holding
+from geon.optim.step import local, view
+from geon.optim.storage import whole
 
 CONFIGS = {
     "ddp": ParallelConfig(Layouts.ddp),
@@ -69,24 +72,27 @@ class Bench:
         self.optimizer: Any = None
         self._flat: dict[str, Tensor] = dict(self.params)
 
-    def make(self, wishes: Wishes, wire: torch.dtype) -> HybridOptimizer:
+    def make(self, sharding: Sharding) -> HybridOptimizer:
         """Our optimizer, and weights at their start."""
-        flat = self.layout.startswith("deepspeed")
-        pairs = [(self.infos[n], p) for n, p in self.params.items()]
-        group = Group("hidden", self.rule, LR, pairs)
-        mesh = self.parallel.mesh
-        optimizer = HybridOptimizer([group], wishes, mesh, wire, separate=flat)
-        if flat:
+        placement, mesh = None, self.parallel.mesh
+        if self.layout.startswith("deepspeed"):
             world = dist.group.WORLD
             assert world is not None
-            steps = {n: -(-i.numel // (2 * self.ranks)) * 2 for n, i in self.infos.items()}
-            self._flat = {n: nn.Parameter(torch.zeros(size)) for n, size in steps.items()}
-            optimizer.adopt(self._flat, Arena.of_group(world), steps)
-            for entry in optimizer.param_groups:
-                entry["params"] = [self._flat[entry["names"][0]]]
-        self.optimizer = optimizer
+            layouts = {
+                n: Flat(i.matrix_shape, self.ranks, -(-i.numel // (2 * self.ranks)) * 2)
+                for n, i in self.infos.items()
+            }
+            placement, mesh = Placement(Ranks.of_group(world), layouts), None
+            sharding = replace(sharding, by_parameter=True)
+            self._flat = {n: nn.Parameter(torch.zeros(f.step)) for n, f in layouts.items()}
+        pairs: list[Any] = [(self.infos[n], p) for n, p in self._flat.items()]
+        group = Group("hidden", self.rule, LR, pairs)
+        # Not to look at gradients, which would send a number more than the exchange does.
+        self.optimizer = HybridOptimizer(
+            [group], sharding, mesh, nonfinite="ignore", placement=placement
+        )
         self.fill(self._flat, {n: self.start(n) for n in self.infos})
-        return optimizer
+        return self.optimizer
 
     def start(self, name: str) -> Tensor:
         """Whole weight at the start."""
@@ -98,9 +104,8 @@ class Bench:
     def fill(self, targets: Mapping[str, Tensor], wholes: Mapping[str, Tensor]) -> None:
         """Write this rank's part of whole matrices."""
         for name, target in targets.items():
-            local: Any = target.to_local() if hasattr(target, "to_local") else target
-            flat = local.detach().view(-1)
-            layout, rank = self.optimizer.layouts[name], self.optimizer.arena.rank
+            flat = local(target).detach().view(-1)
+            layout, rank = self.optimizer.layouts[name], self.optimizer.ranks.rank
             for piece in layout.pieces(rank):
                 view(flat, piece).copy_(wholes[name][piece.region.slices])
 
@@ -113,41 +118,39 @@ class Bench:
         self.fill(grads, wholes)
 
     def step(self) -> None:
-        """One step; as DeepSpeed does it, group by group."""
+        """One step; as DeepSpeed does it, parameter by parameter."""
         if not self.layout.startswith("deepspeed"):
             self.optimizer.step()
             return
-        groups = self.optimizer.param_groups
-        for group in groups:
-            self.optimizer.param_groups = [group]
+        grads = {name: param.grad for name, param in self._flat.items()}
+        for param in self._flat.values():
+            param.grad = None
+        for name, param in self._flat.items():
+            param.grad = grads[name]
             self.optimizer.step()
-        self.optimizer.param_groups = groups
+            param.grad = None
+        for name, param in self._flat.items():
+            param.grad = grads[name]
 
     def locals(self) -> list[Tensor]:
         """Copies of this rank's weights."""
-        return [_local(p).clone() for p in self._flat.values()]
+        return [local(p).detach().clone() for p in self._flat.values()]
 
     def descents(self, before: Sequence[Tensor]) -> Tensor:
         """<gradient, step> of each matrix, this rank's part: to be summed over ranks."""
         parts = []
         for (name, param), old in zip(self._flat.items(), before, strict=True):
-            layout, rank = self.optimizer.layouts[name], self.optimizer.arena.rank
+            layout, rank = self.optimizer.layouts[name], self.optimizer.ranks.rank
             copies = holding(layout).shares(rank)
-            step = old.double() - _local(param).double()
-            parts.append((_local(param.grad).double() * step).sum() / copies)
+            step = old.double() - local(param).detach().double()
+            assert param.grad is not None
+            parts.append((local(param.grad).double() * step).sum() / copies)
         return torch.stack(parts)
 
     def whole(self, name: str) -> Tensor:
         """A whole weight; every rank must call."""
-        param: Any = self._flat[name].detach()
-        if hasattr(param, "full_tensor"):
-            return param.full_tensor()
-        if not self.layout.startswith("deepspeed"):
-            return param.clone()
-        parts = [torch.empty_like(param) for _ in range(self.ranks)]
-        dist.all_gather(parts, param)
-        info = self.infos[name]
-        return torch.cat(parts)[: info.numel].view(info.shape)
+        found = whole(self._flat[name], self.optimizer.layouts[name], self.optimizer.ranks.group)
+        return found.view(self.infos[name].shape)
 
 
 class Counter(TorchDispatchMode):
@@ -187,11 +190,6 @@ class Counter(TorchDispatchMode):
         else:
             return
         self.collectives += 1
-
-
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.detach()
 
 
 def _bytes(tensors: Any) -> int:

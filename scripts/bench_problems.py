@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 from geon.errors import UsageError
 from geon.optim import Spectral, Stiefel, polar_svd
-from geon.optim.manifolds.stiefel import orient, sym, tangent_unit
-from geon.optim.polar.iterate import unit_frobenius
+from geon.optim.linalg import orient, sym, unit_frobenius
+from geon.optim.manifolds.stiefel import tangent_unit
 from geon.optim.solvers import Solution
 from geon.optim.solvers.exact import Certified, certified_optimum
 

@@ -30,12 +30,22 @@ from torch import Tensor, nn
 from geon.engine.metrics import hardware
 from geon.errors import UsageError
 from geon.launch.leave import guard, leave
-from geon.optim import Group, HybridOptimizer, ParamInfo, Polar, Precision, Rule, Spectral, Stiefel
-from geon.optim.shard import Plan, Wishes
+from geon.optim import (
+    Group,
+    HybridOptimizer,
+    ParamInfo,
+    Polar,
+    Precision,
+    Rule,
+    Sharding,
+    Spectral,
+    Stiefel,
+)
+from geon.optim.shard import Job, Plan
+from geon.optim.shard.sharding import CHOICES, OBJECTIVES
 from geon.scripts.bench_layouts import CONFIGS, LR, Bench, counted, draw, make_model
 from geon.scripts.bench_solver import check_output
 
-TRANSPORTS = ("auto", "owner", "gram", "allgather")
 STEPS, ACCUMULATION = 10, 2
 
 
@@ -138,16 +148,20 @@ def measure(step: Callable[[], None], repeats: int, warm: int = 2) -> dict[str, 
     }
 
 
+def words_sent(job: Job) -> int:
+    """Words that travel for a matrix, whatever their width, over all ranks."""
+    return sum(count for message in (*job.down, *job.up) for count, _ in message.words)
+
+
 def planned(plan: Plan) -> dict[str, Any]:
     """What the plan says about the same."""
     totals = plan.totals()
     return {
         "predicted_bytes": sum(plan.bytes_sent) / plan.ranks,
-        "words_per_rank": sum(job.words_sent() for job in plan.jobs) / plan.ranks,
+        "words_per_rank": sum(words_sent(job) for job in plan.jobs) / plan.ranks,
         "lower_bound_words": plan.lower_bound_words(),
         "buckets": len(plan.buckets),
         "collectives_per_bucket": max((b.collectives for b in plan.buckets), default=0),
-        "padding_bytes": totals["padding_bytes"],
         "peak_buffer_bytes": plan.peak_buffer,
         "flop_balance": totals["owner_flop_balance"],
         "predicted_seconds": plan.seconds,
@@ -158,7 +172,7 @@ def planned(plan: Plan) -> dict[str, Any]:
 def own_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of our transports."""
     rows = []
-    wire = torch.bfloat16 if arguments.half else torch.float32
+    wire = "bf16" if arguments.half else "fp32"
     ranks = dist.get_world_size()
     for rule_name, rule in rules(arguments.half).items():
         alone: Trace | None = None
@@ -166,8 +180,10 @@ def own_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for transport in arguments.transports:
                 model = make_model(arguments.layers, arguments.width)
                 bench = Bench(layout, model, rule, ranks)
-                wishes = Wishes(transport, arguments.objective, False, arguments.buffer_mb)
-                optimizer = bench.make(wishes, wire)
+                sharding = Sharding(
+                    transport, arguments.objective, max_buffer_mb=arguments.buffer_mb, wire=wire
+                )
+                optimizer = bench.make(sharding)
                 if alone is None and not arguments.no_errors:
                     alone = reference(bench)
                 row = {"rule": rule_name, "layout": layout, "transport": transport}
@@ -187,7 +203,7 @@ def peer_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for layout in [name for name in arguments.layouts if name in ("fsdp", "tp")]:
         model = make_model(arguments.layers, arguments.width)
         bench = Bench(layout, model, rule, dist.get_world_size())
-        bench.make(Wishes(), torch.float32)
+        bench.make(Sharding())
         bench.set_grads(grads_of(bench.infos, 0))
         params = list(bench.params.values())
         if not arguments.no_torch:
@@ -246,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=192, help="a multiple of 16 x ranks")
     parser.add_argument("--layouts", nargs="+", default=["ddp", "fsdp", "tp"], choices=CONFIGS)
-    parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
-    parser.add_argument("--objective", default="time", choices=("time", "bytes"))
+    parser.add_argument("--transports", nargs="+", default=CHOICES, choices=CHOICES)
+    parser.add_argument("--objective", default="time", choices=OBJECTIVES)
     parser.add_argument("--buffer-mb", type=float, default=64.0)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--half", action="store_true", help="Muon in bf16, bf16 wire")

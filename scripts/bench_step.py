@@ -32,7 +32,7 @@ from geon.optim import (
     Spectral,
     Stiefel,
 )
-from geon.optim.polar import ieee_products
+from geon.optim.linalg import ieee_products
 from geon.scripts.bench_solver import check_output, facts, pick_device
 
 MUON, OURS = "muon", "manifold muon"
@@ -100,7 +100,7 @@ def drift(steps: int, angle: float, device: str) -> Iterator[tuple[int, float]]:
     """
     rule = Rule(Spectral(), Stiefel(), momentum=0.9)
     generator = torch.Generator().manual_seed(0)
-    weight = rule.manifold.init(DRIFT_SHAPE, generator).to(device)
+    weight = rule.manifold.random_point(DRIFT_SHAPE, generator).to(device)
     buffer = torch.zeros_like(weight)
     worst = torch.zeros((), dtype=torch.float64, device=device)
     for step in range(1, steps + 1):

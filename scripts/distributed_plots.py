@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from geon.engine.build import make_model, make_routing
 from geon.engine.planning import plan_ahead
 from geon.launch.compose import compose
+from geon.scripts.bench_sharding import words_sent
 
 MODELS, RANKS = ("124m", "3b"), (8, 64, 1024)
 VOCAB = ["data.vocab_size=50304", "model.vocab_size=50304"]
 OPTIMIZERS, OBJECTIVES = ("muon", "manifold_muon"), ("time", "bytes")
-COLOURS = {"auto": "#111827", "owner": "#2563eb", "gram": "#d97706", "allgather": "#059669"}
+COLOURS = {"auto": "#111827", "owner": "#2563eb", "gram": "#d97706"}
 
 
 def plan_rows() -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ def plan_rows() -> list[dict[str, Any]]:
                 for ranks in RANKS:
                     plan = plan_ahead(config, model, routing, ranks)
                     totals, bound = plan.totals(), plan.lower_bound_words()
-                    words = sum(j.words_sent() for j in plan.jobs if j.matrix.orthogonalizes)
+                    words = sum(words_sent(j) for j in plan.jobs if j.matrix.orthogonalizes)
                     rows.append(
                         {
                             "model": size,

@@ -82,29 +82,35 @@ def imports():
 
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
-PARTS = "optim.adamw optim.baselines optim.hybrid optim.modular optim.readings optim.roles"
-PARTS += " optim.router optim.rule optim.matrices optim.storage optim.work"
-PARTS += " optim.manifolds optim.norms optim.polar optim.shard optim.solvers"
+PARTS = "optim.adamw optim.baselines optim.entries optim.groups optim.hybrid optim.linalg"
+PARTS += " optim.matrices optim.readings optim.roles optim.router optim.rule optim.state optim.step"
+PARTS += " optim.storage"
+PARTS += " optim.finishes optim.manifolds optim.norms optim.polar optim.shard optim.solvers"
 ARROWS = {
     "geon": "",
     "geon.errors": "",
-    "optim.polar": "",
-    "optim.norms": "optim.polar",
-    "optim.manifolds": "optim.polar",
-    "optim.solvers": "optim.norms optim.manifolds optim.polar",
-    "optim.rule": "optim.norms optim.manifolds optim.solvers",
+    "optim.linalg": "",
+    "optim.polar": "optim.linalg",
+    "optim.norms": "optim.linalg optim.polar",
+    "optim.manifolds": "optim.linalg optim.polar",
+    "optim.finishes": "optim.linalg optim.norms optim.manifolds",
+    "optim.solvers": "optim.linalg optim.norms optim.manifolds optim.polar",
+    "optim.rule": "optim.norms optim.manifolds optim.finishes optim.solvers",
     "optim.shard": "optim.norms",
     "optim.roles": "",
     "optim.router": "optim.roles",
-    "optim.adamw": "",
-    "optim.storage": "",
-    "optim.baselines": "",
-    "optim.modular": "optim.norms optim.roles",
+    "optim.entries": "",
+    "optim.adamw": "optim.entries optim.step",
+    "optim.baselines": "optim.entries",
     "optim.readings": "optim.rule optim.solvers",
-    "optim.work": "optim.norms optim.readings optim.rule optim.shard optim.solvers",
-    "optim.matrices": "optim.adamw optim.baselines optim.norms optim.roles optim.rule optim.shard",
-    "optim.hybrid": "optim.adamw optim.baselines optim.matrices optim.polar optim.readings"
-    " optim.roles optim.router optim.rule optim.shard optim.storage optim.work",
+    "optim.step": "optim.entries optim.readings optim.rule optim.shard",
+    "optim.storage": "optim.shard optim.step",
+    "optim.state": "optim.storage",
+    "optim.matrices": "optim.entries optim.roles optim.rule optim.shard",
+    "optim.groups": "optim.entries optim.matrices optim.norms optim.roles optim.rule optim.shard"
+    " optim.storage",
+    "optim.hybrid": "optim.entries optim.groups optim.linalg optim.matrices optim.readings"
+    " optim.roles optim.rule optim.shard optim.state optim.step optim.storage",
     "optim": PARTS,
     "models": "optim.roles",
     "data": "",
@@ -205,6 +211,10 @@ def test_every_part_of_the_package_has_a_row_in_the_table():
         ("optim/manifolds/stiefel.py", "import geon.optim.norms.sign as s"),
         ("optim/solvers/exact.py", "from geon.optim.rule import Rule"),
         ("optim/rule.py", "from geon.optim.polar import Polar"),
+        ("optim/linalg.py", "from geon.optim.polar import polar"),
+        ("optim/finishes/even_rows.py", "from geon.optim.rule import Rule"),
+        ("optim/shard/transports/gram.py", "from geon.optim.solvers.sums import GramForm"),
+        ("optim/hybrid.py", "from geon.optim.baselines import Baseline"),
         ("optim/rule.py", "from geon.optim.shard import Plan"),
         ("optim/shard/plan.py", "from geon.optim.norms import Reach, Norm"),
         ("optim/shard/plan.py", "from geon.optim.roles import ParamInfo"),

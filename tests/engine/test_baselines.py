@@ -31,22 +31,38 @@ def trainer_of(*options):
 def test_curvature_is_on_average_the_diagonal_of_the_gauss_newton_matrix():
     """Beside the exact diagonal of the head: mean over tokens of x^2 (p - p^2)."""
     trainer = trainer_of("optim=sophia", "model.vocab_size=64", "data.batch_tokens=256")
-    run, name = trainer.run, "head.weight"
-    found = []
-    run.optimizer.guests.take_curvature = lambda _, diagonal: found.append(diagonal[name])
+    run, rules = trainer.run, trainer.run.optimizer.rules
+    found, head = [], run.model.head.weight
     micros = run.batches.step(0)
     run.batches = SimpleNamespace(step=lambda _: micros)
     for step in range(300):
         trainer.step = 10 * step
         curvature.Curvature().before_update(trainer)
+        found.append(rules["head"].curvature[head])
+    assert {id(p) for rule in rules.values() for p in rule.curvature} == {
+        id(p) for p in run.model.parameters()
+    }
     tokens = micros[0][0]
     x = run.model.hidden(tokens).flatten(0, 1).detach()
-    p = F.softmax(F.linear(x, run.model.head.weight.detach()), -1)
+    p = F.softmax(F.linear(x, head.detach()), -1)
     exact = (p - p.square()).mT @ x.square() / len(x)
     error = torch.stack(found).mean(0) / exact - 1.0
     # Each entry has a relative deviation of about sqrt(2); the mean of 300, 0.08.
     assert error.mean().abs() < 0.02
     assert error.square().mean().sqrt() < 0.12
+
+
+def test_curvature_is_estimated_at_every_tenth_step_and_used_once():
+    trainer = trainer_of("optim=sophia")
+    rules = trainer.run.optimizer.rules.values()
+    for step in (0, 1, 9, 10, 11):
+        trainer.step = step
+        curvature.Curvature().before_update(trainer)
+        assert all((rule.curvature is not None) == (step in (0, 10)) for rule in rules)
+        for param in trainer.run.model.parameters():
+            param.grad = torch.ones_like(param)
+        trainer.run.optimizer.step()
+        assert all(rule.curvature is None for rule in rules)
 
 
 @pytest.mark.dist

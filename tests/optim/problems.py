@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from geon.optim import Polar, Spectral, Stiefel, polar_svd
-from geon.optim.manifolds.stiefel import orient
+from geon.optim.linalg import orient
 from geon.optim.polar import Precision
 from geon.optim.solvers import Ladder, steepest
 from geon.optim.solvers.exact import certified_optimum

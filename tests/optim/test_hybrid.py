@@ -6,6 +6,7 @@ from torch import nn
 
 from geon.errors import UsageError
 from geon.optim import AdamW, Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral, Stiefel
+from geon.optim.finishes import RowMoments
 from geon.optim.norms import RMS, ColNorm, RowNorm, Sign
 
 
@@ -13,7 +14,7 @@ def gauss(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(lr=0.05):
+def make(lr=0.05, idle="skip", **options):
     """One parameter of every kind."""
     manifold = Stiefel()
     draws = {
@@ -43,8 +44,11 @@ def make(lr=0.05):
     def infos(names):
         return [(ParamInfo(n, tuple(params[n].shape), draws[n][0]), params[n]) for n in names]
 
-    groups = [Group(name, rules[name], lr, infos(names)) for name, names in members.items()]
-    return HybridOptimizer(groups), params
+    def group(name, names):
+        own = idle if isinstance(rules[name], Rule) else "skip"
+        return Group(name, rules[name], lr, infos(names), idle=own)
+
+    return HybridOptimizer([group(*item) for item in members.items()], **options), params
 
 
 def set_grads(params, seed, scale=1.0):
@@ -140,8 +144,19 @@ def test_torch_checkpoint_helper_changes_nothing():
     assert set(state["state"]) == set(params)
 
 
-def test_missing_gradients_are_zero_for_matrices_and_nothing_for_entries():
+def test_missing_gradients_change_nothing():
     optimizer, params = make()
+    set_grads(params, 1)
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    for p in params.values():
+        p.grad = None
+    optimizer.step()
+    assert same(before, snapshot(optimizer, params))
+
+
+def test_missing_gradients_are_zero_for_matrices_that_coast_and_nothing_for_entries():
+    optimizer, params = make(idle="coast")
     set_grads(params, 1)
     optimizer.step()
     before = snapshot(optimizer, params)
@@ -155,13 +170,53 @@ def test_missing_gradients_are_zero_for_matrices_and_nothing_for_entries():
 
 
 def test_clip_touches_only_entries_and_is_exact():
-    optimizer, params = make()
-    set_grads(params, 1, scale=50.0)
-    grads = {k: p.grad.clone() for k, p in params.items()}
-    norm = optimizer.clip_entries_(1.0)
-    assert norm == pytest.approx(grads["bias"].norm().item(), rel=1e-6)
-    assert params["bias"].grad.norm().item() == pytest.approx(1.0, rel=1e-4)
-    assert all(torch.equal(params[k].grad, grads[k]) for k in params if k != "bias")
+    """Beside torch's own clipping and AdamW; scales on both sides of the bound."""
+    (optimizer, params), (free, loose) = make(max_norm=1.0), make()
+    assert optimizer.entry_norm is None
+    twin = nn.Parameter(params["bias"].detach().clone())
+    theirs = torch.optim.AdamW([twin], lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for step, scale in enumerate((50.0, 1e-3, 5.0)):
+        set_grads(params, step, scale)
+        set_grads(loose, step, scale)
+        grads = {k: p.grad.clone() for k, p in params.items()}
+        twin.grad = grads["bias"].clone()
+        optimizer.step()
+        free.step()
+        norm = torch.nn.utils.clip_grad_norm_([twin], 1.0)
+        theirs.step()
+        assert optimizer.entry_norm.item() == pytest.approx(grads["bias"].norm().item(), rel=1e-6)
+        torch.testing.assert_close(optimizer.entry_norm, norm)
+        assert params["bias"].grad.norm().item() == pytest.approx(min(1.0, norm.item()), rel=1e-4)
+        torch.testing.assert_close(params["bias"], twin)
+        assert all(torch.equal(params[k].grad, grads[k]) for k in params if k != "bias")
+    assert free.entry_norm is None
+    assert not torch.allclose(loose["bias"], params["bias"], atol=1e-4)
+    own, other = snapshot(optimizer, params), snapshot(free, loose)
+    assert all(torch.equal(own[k], other[k]) for k in own if not k.startswith("bias"))
+
+
+def test_clip_is_of_all_entries_together():
+    """Groups of AdamW share one norm."""
+    params = [nn.Parameter(gauss((5,), i)) for i in range(2)]
+    groups = [
+        Group(f"g{i}", AdamW(), 0.1, [(ParamInfo(f"w{i}", (5,), Role.BIAS), p)])
+        for i, p in enumerate(params)
+    ]
+    optimizer = HybridOptimizer(groups, max_norm=0.5)
+    grads = [gauss((5,), 10 + i) for i in range(2)]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    optimizer.step()
+    norm = torch.cat(grads).norm()
+    torch.testing.assert_close(optimizer.entry_norm, norm)
+    for p, g in zip(params, grads, strict=True):
+        torch.testing.assert_close(p.grad, g * (0.5 / (norm + 1e-6)))
+
+
+@pytest.mark.parametrize("bound", [-1.0, float("nan"), float("inf")])
+def test_a_clip_that_is_no_number_is_refused(bound):
+    with pytest.raises(UsageError, match="max_norm .* must be finite and 0 or more"):
+        make(max_norm=bound)
 
 
 def test_momentum_of_a_manifold_weight_is_ambient():
@@ -194,7 +249,7 @@ def test_a_parameter_in_two_groups_is_refused():
     p = nn.Parameter(gauss((8, 4)))
     info = ParamInfo("w", (8, 4), Role.HIDDEN)
     group = Group("a", Rule(Spectral()), 0.1, [(info, p)])
-    with pytest.raises((UsageError, ValueError), match="more than one parameter group|two param"):
+    with pytest.raises(UsageError, match="parameter 'w' is in two param groups: 'a' and 'b'"):
         HybridOptimizer([group, Group("b", Rule(Sign()), 0.1, [(info, p)])])
 
 
@@ -323,7 +378,8 @@ def test_normuon_keeps_a_second_moment_for_each_row_of_each_head(kind):
         param.grad = gauss(info.shape, 100 + step)
         for i, s in enumerate(slices):
             update = rule.average(param.grad[s].clone(), buffers[i])
-            direction = rule.divide_rows(rule.solve(update, None).direction, seconds[i])
+            direction = rule.solve(update, None).direction
+            direction, seconds[i] = RowMoments(0.9).direct_with(direction, seconds[i])
             blocks[i] = rule.move(blocks[i], direction, 0.1)
         optimizer.step()
     for block, s in zip(blocks, slices, strict=True):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from geon.errors import UsageError
 from geon.optim import Polar, Rule, Spectral, Stiefel, polar_svd
-from geon.optim.manifolds.stiefel import orient
+from geon.optim.linalg import orient
 from geon.optim.norms import Sign
 from geon.optim.polar import Precision
 from geon.optim.solvers import Ladder, steepest

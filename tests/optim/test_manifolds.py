@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from geon.optim.manifolds import MANIFOLDS, Oblique, SpectralSphere, Sphere, Stiefel
-from geon.optim.manifolds.spectral import SpectralBall, hard_cap, schatten_64, top_pair
+from geon.optim.manifolds.spectral import SpectralBall, hard_cap, schatten_64, top_pair, top_value
 
 NAMES = sorted(MANIFOLDS)
 CONSTRAINED = [name for name in NAMES if name != "euclidean"]
@@ -62,6 +63,13 @@ def point(manifold, shape, seed=1):
     return manifold.project(manifold.random_point(shape, seeded(seed)).double())
 
 
+def starting(name, manifold, shape, seed=1):
+    """As long as `length` says: points that differ in it start with all singular values equal."""
+    if name in ("dgram", "spectral_ball"):
+        manifold = Stiefel(manifold.radius)
+    return manifold.random_point(shape, seeded(seed))
+
+
 def unit_tangent(manifold, w, seed=2):
     """Tangent vector as long as the weight."""
     v = manifold.tangent(w, gauss(w.shape, seed))
@@ -73,24 +81,70 @@ def test_every_manifold_is_tested():
 
 
 @every_case
-@pytest.mark.parametrize("draw", ["random_point", "init"])
-def test_drawn_points_are_on_the_manifold_seeded_and_as_long_as_promised(name, shape, draw):
+def test_drawn_points_are_on_the_manifold_seeded_and_as_long_as_promised(name, shape):
     manifold = make(name)
-    first, again = (getattr(manifold, draw)(shape, seeded(3)) for _ in range(2))
+    first, again = (manifold.random_point(shape, seeded(3)) for _ in range(2))
     assert torch.equal(first, again)
     assert first.shape == shape
     assert first.dtype == torch.float32
     assert manifold.residual(first) < 3e-6
-    if name in CONSTANT_LENGTH or (draw == "init" and name in ("dgram", "spectral_ball")):
+    if name in CONSTANT_LENGTH:
         assert first.norm().item() == pytest.approx(manifold.length(shape), rel=1e-5)
+    start = starting(name, manifold, shape)
+    assert manifold.residual(start) < 3e-6
+    if name in ("dgram", "spectral_ball"):
+        assert start.norm().item() == pytest.approx(manifold.length(shape), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 30), (5, 5), (30, 10), (20, 60)])
 def test_length_of_the_starts_that_vary(shape):
     for manifold in (SpectralSphere(0.5), MANIFOLDS["euclidean"]()):
-        lengths = [manifold.init(shape, seeded(s)).norm().item() for s in range(300)]
+        lengths = [manifold.random_point(shape, seeded(s)).norm().item() for s in range(300)]
         tolerance = 0.03 if isinstance(manifold, SpectralSphere) else 0.3
         assert sum(lengths) / 300 == pytest.approx(manifold.length(shape), rel=tolerance)
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+@pytest.mark.parametrize("scale", [0.3, 0.9, 1.0, 1.01, 3.0])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.3])
+def test_distance_is_the_residual_from_products_alone(name, shape, scale, noise):
+    """In fp32 and in batches, as an optimizer asks before its first step."""
+    manifold = make(name)
+    points = [manifold.random_point(shape, seeded(s)) for s in range(5)]
+    w = (
+        torch.stack(
+            [
+                p
+                + noise
+                * p.norm()
+                / math.sqrt(p.numel())
+                * torch.randn(shape, generator=seeded(10 + s))
+                for s, p in enumerate(points)
+            ]
+        )
+        * scale
+    )
+    with Ops() as ops:
+        found = manifold.distance(w)
+    assert found.shape == (5,)
+    torch.testing.assert_close(found, manifold.residual(w), rtol=0.03, atol=1e-5)
+    assert not [name for name in ops.names if "svd" in name or "eig" in name]
+    if name != "euclidean" and scale == 1.0 and noise == 0.0:
+        assert found.max() < 1e-5
+    if name in CONSTANT_LENGTH and scale != 1.0 and noise == 0.0:
+        assert found.min() > 0.9 * abs(scale - 1.0)
 
 
 def test_residual_is_relative():
@@ -135,7 +189,7 @@ def test_retraction_follows_tangent_vectors_to_first_order(name, shape):
 def test_steps_end_on_the_manifold(name, shape, angle):
     """To within the fourth power of the angle that Newton-Schulz leaves."""
     manifold, (tolerance, steps) = make(name), {0.05: (2e-4, 30), 0.2: (2e-3, 8)}[angle]
-    w = manifold.init(shape, seeded(1))
+    w = starting(name, manifold, shape)
     for seed in range(steps):
         v = manifold.tangent(w, gauss(shape, seed).float())
         v = v * (manifold.length(shape) / v.norm())
@@ -194,22 +248,6 @@ def test_batches_are_treated_one_by_one(name, shape):
     torch.testing.assert_close(manifold.tangent(w, v), single, rtol=1e-4, atol=1e-5)
 
 
-@every_case
-def test_means_are_brought_back(name, shape):
-    manifold = make(name)
-    points = torch.stack([manifold.random_point(shape, seeded(s)) for s in range(3)])
-    mean = manifold.mean(points)
-    assert mean.dtype == torch.float32
-    assert manifold.residual(mean) < 3e-6
-    torch.testing.assert_close(mean, manifold.mean(points, [2.0, 2.0, 2.0]))
-    torch.testing.assert_close(manifold.mean(points, [0.0, 5.0, 0.0]), points[1], rtol=0, atol=1e-5)
-    leaning = manifold.mean(points, torch.tensor([0.9, 0.05, 0.05]))
-    assert (leaning - points[0]).norm() < (mean - points[0]).norm()
-    for shares in ([1.0, 2.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]):
-        with pytest.raises(ValueError, match="shares"):
-            manifold.mean(points, shares)
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "spectral_ball"])
 def test_verbs_of_a_step_never_wait_for_the_device(name):
     """Meta tensors have no values: a branch on one raises. The ball waits instead of capping."""
@@ -239,9 +277,6 @@ def test_points_without_a_nearest_one_are_refused(name):
     manifold = make(name)
     with pytest.raises(ValueError, match="manifold=euclidean"):
         manifold.project(torch.zeros(4, 4))
-    w = manifold.random_point((4, 4), seeded(1))
-    with pytest.raises(ValueError, match="manifold=euclidean"):
-        manifold.mean(torch.stack([w, -w]))
 
 
 def test_refusals_say_why():
@@ -294,6 +329,66 @@ def test_top_pair_is_as_near_as_the_bound_says(shape, gap, doublings):
 def test_top_pair_of_zero_is_zero():
     for vector in top_pair(torch.zeros(2, 3, 4)):
         assert torch.equal(vector, torch.zeros_like(vector))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [0.0, 1e-4, 1e-2, 0.1, 0.9])
+@pytest.mark.parametrize("shape", [(40, 40), (10, 60), (60, 10), (1, 7), (1, 1)])
+def test_top_value_is_the_spectral_norm_up_to_the_bound_of_top_pair(shape, gap, dtype):
+    """Beside SVD, in a batch of sizes around 1; zero for zero."""
+    u, s, vh = torch.linalg.svd(gauss(shape), full_matrices=False)
+    s = torch.full_like(s, 1 - gap)
+    s[0] = 1
+    sizes = torch.tensor([1e-3, 1.0, 1e3, 0.0], dtype=torch.float64)[:, None, None]
+    batch = (sizes * ((u * s) @ vh)).to(dtype)
+    found = top_value(batch)
+    assert found.shape == (4, 1, 1)
+    assert found.dtype == dtype
+    exact, rounding = torch.linalg.matrix_norm(batch.double(), 2), 8 * torch.finfo(dtype).eps
+    short = found[:3, 0, 0].double() / exact[:3]
+    assert short.max() <= 1 + rounding
+    assert short.min() >= min(shape) ** (-1 / 2**9) - rounding
+    assert found[3].item() == 0
+    left, right = top_pair(batch)
+    torch.testing.assert_close(found, left.mT @ batch @ right)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    rank=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+def test_top_value_of_any_matrix(rows, cols, rank, seed):
+    """Low rank too, which has powers of the Gram that vanish in most directions."""
+    w = (gauss((rows, rank), seed) @ gauss((rank, cols), seed + 1)).float()
+    exact = torch.linalg.matrix_norm(w.double(), 2).item()
+    bound = min(rows, cols) ** (-1 / 2**9)
+    assert bound * exact * (1 - 1e-5) <= top_value(w).item() <= exact * (1 + 1e-5)
+
+
+def test_a_large_matrix_of_equal_singular_values_does_not_vanish():
+    """Powers of its Gram have the smallest entries: each is a multiple of the identity."""
+    w = Stiefel().random_point((768, 512), seeded(1)) / math.sqrt(768 / 512)
+    torch.testing.assert_close(top_value(w).item(), 1.0, atol=1e-5, rtol=0)
+    u, v = top_pair(w)
+    torch.testing.assert_close((u.mT @ w @ v).item(), 1.0, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9)])
+def test_dgram_tangents_at_columns_of_zero(shape):
+    """They lose what is along the other columns; between two of them nothing is asked."""
+    manifold, v = make("dgram"), gauss(shape, 2).float()
+    w = point(manifold, shape).float()
+    tall = (lambda x: x) if shape[0] > shape[1] else (lambda x: x.mT)
+    tall(w)[:, :2] = 0
+    found = tall(manifold.tangent(w, v))
+    gram = tall(w).mT @ found + found.mT @ tall(w)
+    assert (gram - gram.diagonal().diag()).abs().max() < 1e-5
+    others, given = tall(w)[:, 2:].double(), tall(v)[:, :2].double()
+    along = others @ ((others.mT @ given) / others.square().sum(0)[:, None])
+    torch.testing.assert_close(found[:, :2], (given - along).float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])

@@ -15,10 +15,10 @@ from geon.optim.polar import (
     inverse_sqrt,
     minimax,
     polar,
-    polar_gram,
     polar_svd,
     steps_for,
 )
+from tests.optim.test_polar_gram import polar_gram
 
 SHAPES = [(64, 64), (128, 32), (32, 128), (65, 33), (1, 7), (7, 1), (1, 1)]
 FP32_LIKE = [None, Precision.FP32, Precision.BF16X3]
@@ -57,6 +57,17 @@ def test_ten_steps_agree_with_svd_on_well_conditioned(shape):
 def test_scale_does_not_matter(exponent, shape, function):
     g = gauss(shape)
     torch.testing.assert_close(function(g * 10.0**exponent), function(g), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precision", [None, Precision.BF16])
+def test_matrices_about_one_in_size_need_no_largest_entry(precision):
+    """One reduction less: the same factors to rounding."""
+    solver, rounding = Polar(precision=precision), 2e-6 if precision is None else 2e-2
+    for size in (1e-4, 1.0, 1e4):
+        batch = torch.stack([size * gauss((24, 12)), torch.zeros(24, 12)])
+        found = solver.of_scaled(batch)
+        torch.testing.assert_close(found, solver(batch), atol=rounding, rtol=0)
+        assert not found[1].any()
 
 
 @pytest.mark.parametrize("precision", [None, *Precision])

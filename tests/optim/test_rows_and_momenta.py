@@ -6,6 +6,7 @@ from torch import nn
 
 from geon.errors import UsageError
 from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral, Stiefel
+from geon.optim.finishes import Move
 from geon.optim.manifolds import Euclidean, SpectralBall
 from geon.optim.norms import Sign
 from tests.optim.test_rules_against_references import gauss
@@ -62,10 +63,10 @@ def test_rows_are_even_on_the_ball_as_they_are_without_it():
 
 @pytest.mark.parametrize("shape", [(16, 8), (8, 16), (3, 16, 8)])
 def test_even_rows_have_one_length_and_keep_the_size(shape):
-    rule = Rule(Spectral(), even_rows=True)
+    (finish,) = Rule(Spectral(), even_rows=True).finishes
     direction = gauss(shape, 1)
     direction[..., 2, :] = 0
-    level = rule.level_rows(direction)
+    level = finish.direct(direction, None, Move(0.1, 1.0, 0.0, shape[-2:], 1.0))
     lengths = level.norm(dim=-1)
     others = [i for i in range(shape[-2]) if i != 2]
     assert torch.equal(level[..., 2, :], torch.zeros_like(level[..., 2, :]))
@@ -91,9 +92,12 @@ def test_even_rows_are_a_second_moment_that_keeps_nothing():
     assert [size for _, size in found] == [4 * 128, 4 * 128 + 4 * 16]
 
 
-@pytest.mark.parametrize(
-    "options", [{"manifold": Stiefel()}, {"second_moment": 0.9}, {"norm": Sign()}]
-)
+@pytest.mark.parametrize("options", [{"manifold": Stiefel()}, {"norm": Sign()}])
 def test_even_rows_are_refused_where_directions_are_not_polar_factors(options):
     with pytest.raises(UsageError, match="even_rows gives the rows of a polar factor one length"):
         Rule(**{"norm": Spectral(), "even_rows": True, **options})
+
+
+def test_even_rows_are_refused_beside_second_moments():
+    with pytest.raises(UsageError, match="even_rows and second_moment both set the lengths of row"):
+        Rule(Spectral(), even_rows=True, second_moment=0.9)

@@ -62,7 +62,8 @@ def test_normuon_is_its_paper(shape):
         np.testing.assert_allclose(ours.numpy(), w, atol=2e-4)
 
 
-def test_normuon_keeps_state_of_its_own_and_freezes_with_its_group():
+def test_normuon_keeps_state_of_its_own_and_warms_it_up_at_lr_zero():
+    """As the momentum: its weights stay, and a step of zero gradients there changes nothing."""
     rule = Rule(Spectral(), second_moment=0.9)
     param = nn.Parameter(gauss((12, 6)))
     group = Group("g", rule, 0.02, [(ParamInfo("w", (12, 6), Role.HIDDEN), param)])
@@ -72,10 +73,17 @@ def test_normuon_keeps_state_of_its_own_and_freezes_with_its_group():
     optimizer.step()
     assert torch.isfinite(param).all()
     optimizer.set_lr(0.0)
-    before = optimizer.state_tensors()["w.second_moment"].clone()
+    weight, before = param.detach().clone(), optimizer.state_tensors()["w.second_moment"].clone()
     param.grad = gauss((12, 6))
     optimizer.step()
-    assert torch.equal(optimizer.state_tensors()["w.second_moment"], before)
+    assert torch.equal(param, weight)
+    squares = Spectral().lmo(gauss((12, 6))).square().mean(dim=-1)
+    after = optimizer.state_tensors()["w.second_moment"].clone()
+    torch.testing.assert_close(after, 0.9 * before + 0.1 * squares)
+    param.grad = torch.zeros(12, 6)
+    optimizer.step()
+    assert torch.equal(param, weight)
+    assert torch.equal(optimizer.state_tensors()["w.second_moment"], after)
 
 
 def test_hyperspherical_descent_is_a_rotation_by_atan_lr():

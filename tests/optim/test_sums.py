@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from geon.optim import Ladder, Polar, Rule, Spectral, Stiefel, polar_svd
+from geon.optim.finishes import CautiousDecay, RowCap
+from geon.optim.manifolds import Oblique
 from geon.optim.norms import ColNorm, RowNorm
 from geon.optim.polar import KELLER, POLAR_EXPRESS, polar
 from geon.optim.polar.gram import _inverse_root, _stable_ridge, polar_root
 from geon.optim.polar.iterate import POLAR_MARGIN
-from geon.optim.solvers.sums import pack, row_direction, row_lengths, row_sums, unpack
+from geon.optim.solvers.sums import RowForm, pack, unpack
 
 SHAPES = [(64, 12), (12, 64), (48, 48), (30, 20)]
 LR = 0.03
@@ -89,6 +91,19 @@ def test_which_rules_have_the_form():
     assert Rule(Spectral(), Stiefel(), ladder=Ladder("oneshot")).gram_form((8, 4)) is None
     assert Rule(Spectral(), Stiefel(), ladder=Ladder(form="rect")).gram_form((8, 4)) is None
     assert Rule(ColNorm()).gram_form((8, 4)) is None
+    assert Rule(Spectral()).row_form is None
+    assert Rule(ColNorm(), Oblique()).row_form is None
+
+
+def test_finishes_take_the_form_away_but_those_of_entries():
+    """A sum has neither rows nor the whole of a direction; what is entry-wise needs neither."""
+    even, capped = Rule(Spectral(), even_rows=True), Rule(ColNorm(), finishes=(RowCap(),))
+    assert even.gram_form((8, 4)) is None
+    assert capped.row_form is None
+    for norm in (Spectral(), ColNorm()):
+        rule = Rule(norm, decay=0.1, finishes=(CautiousDecay(),))
+        assert rule.gram_form((8, 4)) == Rule(norm).gram_form((8, 4))
+        assert rule.row_form == Rule(norm).row_form
 
 
 @pytest.mark.parametrize("table", [KELLER, POLAR_EXPRESS], ids=["keller", "express"])
@@ -151,7 +166,10 @@ def test_rows_that_ranks_share_are_scaled_by_their_whole_length(scale, norm):
     rows = scale * gauss((6, 10))
     rows[3] = 0.0
     pieces = rows.split([4, 5, 1], dim=-1)
-    lengths = row_lengths(torch.stack([row_sums(piece) for piece in pieces]))
-    found = torch.cat([row_direction(norm, p, lengths, (6, 10)) for p in pieces], dim=-1)
+    form = Rule(norm).row_form
+    assert form == RowForm(norm)
+    lengths = form.combine(torch.stack([form.partial(piece) for piece in pieces]))
+    found = torch.cat([form.apply(piece, lengths, (6, 10)) for piece in pieces], dim=-1)
     torch.testing.assert_close(found, norm.lmo(rows), rtol=1e-5, atol=0)
     assert not found[3].any()
+    assert torch.equal(form.apply(rows, None, (6, 10)), norm.lmo(rows))
