@@ -28,7 +28,7 @@ class AdamW(EntryRule):
     decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.hyper)
+        self.check(self.hyper)
 
     @property
     def name(self) -> str:
@@ -39,6 +39,15 @@ class AdamW(EntryRule):
     def hyper(self) -> dict[str, Any]:
         """As torch.optim.AdamW names them."""
         return {"betas": tuple(self.betas), "eps": self.eps, "weight_decay": self.decay}
+
+    def check(self, numbers: Mapping[str, Any]) -> None:
+        """Betas in [0, 1), eps and weight_decay 0 or more."""
+        for beta in numbers["betas"]:
+            if not 0.0 <= beta < 1.0:
+                raise UsageError(f"AdamW betas {numbers['betas']}: each must be in [0, 1)")
+        for key in ("eps", "weight_decay"):
+            if not 0.0 <= numbers[key] < float("inf"):
+                raise UsageError(f"AdamW {key} {numbers[key]} must be 0 or more")
 
     def new_state(self, param: Tensor) -> State:
         """Zero averages like the parameter (a DTensor stays one) and a step count on the CPU."""
@@ -56,7 +65,6 @@ class AdamW(EntryRule):
         states: Sequence[State],
     ) -> None:
         """One step at the group's lr, betas, eps and weight_decay."""
-        _check(group)
         adamw(
             [local(p) for p in params],
             list(grads),
@@ -77,12 +85,3 @@ class AdamW(EntryRule):
         """One line for tables."""
         text = f"AdamW, betas {self.betas[0]:g} {self.betas[1]:g}"
         return text + (f", decay {self.decay:g}" if self.decay else "")
-
-
-def _check(hyper: Mapping[str, Any]) -> None:
-    for beta in hyper["betas"]:
-        if not 0.0 <= beta < 1.0:
-            raise UsageError(f"AdamW betas {hyper['betas']}: each must be in [0, 1)")
-    for key in ("eps", "weight_decay"):
-        if not 0.0 <= hyper[key] < float("inf"):
-            raise UsageError(f"AdamW {key} {hyper[key]} must be 0 or more")

@@ -26,6 +26,14 @@ class EntryRule(ABC):
         """Numbers that a param group holds, and that take effect when they are changed there."""
         return {}
 
+    def check(self, numbers: Mapping[str, Any]) -> None:
+        """Refuse numbers that a param group holds, before anything is stepped.
+
+        Raises:
+            UsageError: a number out of range.
+        """
+        return
+
     @abstractmethod
     def new_state(self, param: Tensor) -> State:
         """State before the first step; a DTensor's is made of DTensors."""

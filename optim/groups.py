@@ -18,8 +18,8 @@ from geon.optim.shard import Layout, Ranks
 from geon.optim.storage import lay, whole
 
 FAR = 0.1
-"""Largest residual of a weight that training may start from: every retraction brings it back to
-rounding in a few steps, and none changes the weight by more than a step would."""
+"""Largest residual of a weight that training may start from: directions are a fifth too long at
+most there (tests/optim/test_lgm.py), and a few retractions bring it back to rounding."""
 IDLE = ("skip", "coast")
 
 
@@ -47,7 +47,7 @@ class Group:
     idle: str = "skip"
 
     def __post_init__(self) -> None:
-        where = f"group '{self.name}'"
+        where, self.params = f"group '{self.name}'", list(self.params)
         if not isinstance(self.rule, Rule | EntryRule):
             raise UsageError(
                 f"{where}: the rule is a {type(self.rule).__name__}, expected a Rule, AdamW or "
@@ -112,6 +112,8 @@ def check_groups(groups: Sequence[Group], shapes: bool = True) -> None:
     Raises:
         UsageError: a name or a tensor that comes twice, another shape, a rule that does not fit.
     """
+    if all(isinstance(group, Group) and not group.params for group in groups):
+        raise UsageError("the optimizer got no parameters: its groups are empty")
     names: dict[str, str] = {}
     tensors: dict[Any, str] = {}
     for group in groups:
@@ -137,6 +139,11 @@ def check_groups(groups: Sequence[Group], shapes: bool = True) -> None:
                 raise UsageError(
                     f"parameter '{info.name}' is declared with shape {tuple(info.shape)} but has "
                     f"{tuple(param.shape)}: declare the model again after it is changed"
+                )
+            if param.dtype == torch.float64 and isinstance(group.rule, Rule):
+                raise UsageError(
+                    f"parameter '{info.name}' is float64, and {group.rule.name} works in fp32, so "
+                    "digits would be lost: cast the model to float32, or step it by AdamW"
                 )
             _check_role(info, group)
 

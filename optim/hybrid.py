@@ -1,7 +1,7 @@
 """One torch optimizer whose param groups each carry their rule."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from geon.optim.readings import Readings
 from geon.optim.roles import ParamInfo
 from geon.optim.rule import Rule
 from geon.optim.shard import Exchange, Layout, Plan, Ranks, Sharding, holding
-from geon.optim.state import Here, Member, load_group, loaded, relaid
+from geon.optim.state import Here, Member, carried, load_group, loaded
 from geon.optim.step import WORK, Active, Step, admitted, clip, rule_now, signature
 from geon.optim.storage import bytes_of, check_contiguous, whole
 
@@ -87,7 +87,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         project: bool = False,
         placement: Placement | None = None,
     ) -> None:
-        groups = list(groups)
+        groups = list(groups) if isinstance(groups, Iterable) else [groups]
         check_groups(groups, shapes=placement is None)
         if nonfinite not in NONFINITE:
             raise UsageError(f"nonfinite '{nonfinite}' is not one of {', '.join(NONFINITE)}")
@@ -106,13 +106,9 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._layouts: dict[str, Layout] = {}
         self._seen: dict[str, tuple[Tensor, tuple[Any, ...]]] = {}
         self._joining = True
-        rules = [group.rule for group in groups if group.params]
-        steepest = any(isinstance(rule, Rule) for rule in rules)
-        entries = next((rule.hyper for rule in rules if isinstance(rule, EntryRule)), {})
         super().__init__([self._register(group) for group in groups if group.params], {})
-        # OneCycleLR and CyclicLR look here for what they may cycle; groups take nothing from here.
-        self.defaults.update({"momentum": 0.95} if steepest else entries)
         self._joining = False
+        self._tell_defaults()
         self._plan()
         if project:
             self.project_()
@@ -142,11 +138,29 @@ class HybridOptimizer(torch.optim.Optimizer):
                 f"not a {type(param_group).__name__}: Group(name, rule, lr, [(info, parameter)])"
             )
         check_groups([*self._groups(), param_group], shapes=self._placement is None)
-        defaults, self.defaults = self.defaults, {}
-        super().add_param_group(self._register(param_group))
-        self.defaults = defaults
-        self._plan()
-        self.check_on_manifold()
+        if not param_group.params:
+            return
+        known = dict(self.rules), dict(self._infos), dict(self._per_head)
+        count, self.defaults = len(self.param_groups), {}
+        try:
+            super().add_param_group(self._register(param_group))
+            self._plan()
+            self.check_on_manifold([info.name for info, _ in param_group.params])
+        except Exception:
+            del self.param_groups[count:]
+            self.rules, self._infos, self._per_head = known
+            for _, param in param_group.params:
+                self.state.pop(param, None)
+            self._exchange = None
+            raise
+        finally:
+            self._tell_defaults()
+
+    def _tell_defaults(self) -> None:
+        """Say what OneCycleLR may cycle, which looks here; groups take nothing from it."""
+        rules = [self.rules[group["name"]] for group in self.param_groups]
+        entries = [rule.hyper for rule in rules if isinstance(rule, EntryRule)]
+        self.defaults = {"momentum": 0.95} if len(entries) < len(rules) else entries[0]
 
     # What there is, by name.
 
@@ -260,22 +274,26 @@ class HybridOptimizer(torch.optim.Optimizer):
         Raises:
             UsageError: a parameter of another shape.
         """
-        changed = self._exchange is None or len(self._seen) != len(self._infos)
-        for _, name, param in self._named():
+        names = {name for _, name, _ in self._named()}
+        changed, arrived = self._exchange is None or self._seen.keys() != names, []
+        for group, name, param in self._named():
             old, planned = self._seen.get(name, (param, ()))
-            if param is old and signature(param) == planned:
-                continue
-            changed = True
-            shape = tuple(self._infos[name].shape)
-            if self._placement is None and tuple(param.shape) != shape:
-                raise UsageError(
-                    f"parameter '{name}' has shape {tuple(param.shape)}, and the optimizer was "
-                    f"made for {shape}: make it again after the model is changed"
-                )
-            if state := self.state.pop(old, None):
-                self.state[param] = relaid(state, old, param)
+            if param is not old or signature(param) != planned:
+                changed = True
+                shape = tuple(self._infos[name].shape)
+                if self._placement is None and tuple(param.shape) != shape:
+                    raise UsageError(
+                        f"parameter '{name}' has shape {tuple(param.shape)}, and the optimizer was "
+                        f"made for {shape}: make it again after the model is changed"
+                    )
+                arrived += [name] if planned else []
+                if state := self.state.pop(old, None):
+                    self.state[param] = carried(state, self._new_state(group, name, param))
+            if param.requires_grad and not self.state.get(param):
+                self.state[param] = self._new_state(group, name, param)
         if changed:
             self._plan()
+            self.check_on_manifold(arrived)
 
     # The manifold.
 
@@ -291,8 +309,10 @@ class HybridOptimizer(torch.optim.Optimizer):
                 layout = self.layouts[name] if self._placement else None
                 project_(self._infos[name], param, rule, per_head, layout, self.ranks)
 
-    def check_on_manifold(self) -> None:
+    def check_on_manifold(self, names: Collection[str] | None = None) -> None:
         """Refuse weights that are far from their manifold; every rank must call.
+
+        names: of the parameters to look at; all of them if None.
 
         Steps from there are not small: they grow or shrink the weight by what it is off.
 
@@ -302,6 +322,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         for group, name, param in self._named():
             rule, info = self.rules[group["name"]], self._infos[name]
             trained = param.requires_grad and param.device.type != "meta"
+            trained &= names is None or name in names
             if not (trained and isinstance(rule, Rule) and rule.manifold.constrains):
                 continue
             weight = whole(param, self.layouts[name], self.ranks.group)
@@ -384,7 +405,10 @@ class HybridOptimizer(torch.optim.Optimizer):
             Member(name, param, self.rules[group["name"]].name, self._new_state(group, name, param))
             for group, name, param in self._named()
         ]
-        self.state.update(loaded(state_dict, members))
+        for param, state in loaded(state_dict, members).items():
+            self.state[param] = state
+            if not state:
+                del self.state[param]
         for group in self.param_groups:
             load_group(group, state_dict["param_groups"])
         for post in self._optimizer_load_state_dict_post_hooks.values():

@@ -146,8 +146,9 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """Norm and manifold: what state can be carried over between."""
-        return f"{type(self.norm).__name__} x {type(self.manifold).__name__}"
+        """Norm, manifold, and states of finishes: between what state can be carried over."""
+        pair = f"{type(self.norm).__name__} x {type(self.manifold).__name__}"
+        return " + ".join([pair, *self.row_states])
 
     @property
     def solver(self) -> Solver:
@@ -309,7 +310,7 @@ class Rule:
             ]
         if weights[0].dtype != results[0].dtype:  # a step smaller than half a digit must not vanish
             for weight, result in zip(weights, results, strict=True):
-                weight.copy_(self.move(weight.float(), result, lr))
+                weight.copy_(self.move(weight.to(result.dtype), result, lr))
             return
         if decay := self._own_decay:
             torch._foreach_mul_(list(weights), 1.0 - lr * decay)
@@ -325,7 +326,7 @@ class Rule:
 
     def describe(self) -> str:
         """One line for tables."""
-        parts = [self.name]
+        parts = [f"{type(self.norm).__name__} x {type(self.manifold).__name__}"]
         parts.append(f"momentum {self.momentum:g}{' nesterov' if self.nesterov else ''}")
         parts.append(f"radius {getattr(self.manifold, 'radius', self.radius):g}")
         if self.decay:

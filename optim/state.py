@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 def loaded(saved: Mapping[str, Any], members: Sequence[Member]) -> dict[Tensor, dict[str, Any]]:
-    """State of each parameter that a state dict has state of; every rank must call.
+    """State of each parameter, empty for one that has none; every rank must call.
 
     Raises:
         UsageError: no names, other parameters, or another rule's state.
@@ -47,7 +47,8 @@ def loaded(saved: Mapping[str, Any], members: Sequence[Member]) -> dict[Tensor, 
     _check_names({bare(one.name): one.param.requires_grad for one in members}, groups)
     found: dict[Tensor, dict[str, Any]] = {}
     for name, param, rule, fresh in members:
-        if (state := states.get(bare(name))) is None:
+        if (state := states.get(bare(name))) is None:  # it was not trained there: it starts anew
+            found[param] = fresh if param.requires_grad else {}
             continue
         check_rule(name, rule, groups[bare(name)])
         if fresh:
@@ -105,7 +106,9 @@ def check_rule(name: str, own: str, saved: Mapping[str, Any]) -> None:
     Raises:
         UsageError: names the parameter and both rules.
     """
-    theirs = str(saved.get("rule", own)).split(",")[0]  # before 2026-11 its numbers followed
+    theirs = str(saved.get("rule", own))
+    if ", " in theirs:  # before 2026-11: norm x manifold and numbers, nothing of the state
+        theirs, own = theirs.split(", ")[0], own.split(" + ")[0]
     if theirs != own:
         raise UsageError(
             f"parameter '{name}': the state dict is of rule '{theirs}', this optimizer steps it "
@@ -156,22 +159,14 @@ def load_group(own: dict[str, Any], saved: Sequence[Mapping[str, Any]]) -> None:
                 own[key] = value
 
 
-def relaid(state: Mapping[str, Any], old: Tensor, new: Tensor) -> dict[str, Any]:
-    """State of a parameter that was replaced by another tensor of the same whole.
+def carried(state: Mapping[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """State of a parameter that was replaced, moved or cast; every rank must call.
 
-    What has the shape of the parameter is laid out like it; numbers a row and counters are whole on
-    every rank, and stay so.
+    fresh: state of what it is now, as it starts; empty for rules that make theirs as they step.
     """
-    found: dict[str, Any] = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or not value.dim():
-            found[key] = value
-        elif value.shape == old.shape:
-            found[key] = torch.zeros_like(new, dtype=value.dtype, requires_grad=False)
-            take(value, found[key])
-        else:
-            found[key] = value.to(new.device)
-    return found
+    for key, own in fresh.items():
+        take(state[key], own)
+    return fresh or dict(state)
 
 
 class Here:

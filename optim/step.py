@@ -94,18 +94,19 @@ def rule_now(
     name, lr = group["name"], float(group["lr"])
     if not 0.0 <= lr < math.inf:
         raise UsageError(f"group '{name}': lr {lr} must be finite and 0 or more")
-    if not isinstance(rule, Rule):
-        if "momentum" in group and "betas" in group:  # a scheduler cycles it
-            group["betas"] = (group.pop("momentum"), *group["betas"][1:])
-        return rule
-    numbers = group["momentum"], group["nesterov"], group["weight_decay"]
-    last = known.get(name)
-    if last is None or (last.momentum, last.nesterov, last.decay) != numbers:
-        try:
+    try:
+        if not isinstance(rule, Rule):
+            if "momentum" in group and "betas" in group:  # a scheduler cycles it
+                group["betas"] = (group.pop("momentum"), *group["betas"][1:])
+            rule.check(group)
+            return rule
+        numbers = group["momentum"], group["nesterov"], group["weight_decay"]
+        last = known.get(name)
+        if last is None or (last.momentum, last.nesterov, last.decay) != numbers:
             last = known[name] = rule.adjusted(*numbers)
-        except UsageError as error:
-            raise UsageError(f"group '{name}': {error}") from None
-    return last
+        return last
+    except UsageError as error:
+        raise UsageError(f"group '{name}': {error}") from None
 
 
 def admitted(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> bool:

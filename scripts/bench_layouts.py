@@ -16,7 +16,7 @@ from geon.engine.parallel import Parallel, mesh_shape
 from geon.launch.env import Env
 from geon.models import GPT, ModelShape
 from geon.optim import Group, HybridOptimizer, ParamInfo, Placement, Role, Rule, Sharding, Spectral
-from geon.optim.shard import Flat, Ranks, holding
+from geon.optim.shard import Flat, Layout, Ranks, holding
 from geon.optim.step import local, view
 from geon.optim.storage import whole
 
@@ -71,28 +71,35 @@ class Bench:
         self.params = {n: p for n, p in model.named_parameters() if n in self.infos}
         self.optimizer: Any = None
         self._flat: dict[str, Tensor] = dict(self.params)
+        seen = Ranks.of(self.params.items(), mesh)
+        self._rank = seen.rank
+        self._layouts: dict[str, Layout] = {n: seen.layout(n, p) for n, p in self.params.items()}
 
     def make(self, sharding: Sharding) -> HybridOptimizer:
         """Our optimizer, and weights at their start."""
         placement, mesh = None, self.parallel.mesh
         if self.layout.startswith("deepspeed"):
-            world = dist.group.WORLD
-            assert world is not None
-            layouts = {
-                n: Flat(i.matrix_shape, self.ranks, -(-i.numel // (2 * self.ranks)) * 2)
-                for n, i in self.infos.items()
-            }
-            placement, mesh = Placement(Ranks.of_group(world), layouts), None
+            placement, mesh = self._flatten(), None
             sharding = replace(sharding, by_parameter=True)
-            self._flat = {n: nn.Parameter(torch.zeros(f.step)) for n, f in layouts.items()}
+        self.fill(self._flat, {n: self.start(n) for n in self.infos})
         pairs: list[Any] = [(self.infos[n], p) for n, p in self._flat.items()]
         group = Group("hidden", self.rule, LR, pairs)
         # Not to look at gradients, which would send a number more than the exchange does.
         self.optimizer = HybridOptimizer(
             [group], sharding, mesh, nonfinite="ignore", placement=placement
         )
-        self.fill(self._flat, {n: self.start(n) for n in self.infos})
         return self.optimizer
+
+    def _flatten(self) -> Placement:
+        """Runs of each parameter, as DeepSpeed's stage 1 pads them."""
+        world = dist.group.WORLD
+        assert world is not None
+        steps = {n: -(-i.numel // (2 * self.ranks)) * 2 for n, i in self.infos.items()}
+        self._flat = {n: nn.Parameter(torch.zeros(step)) for n, step in steps.items()}
+        self._layouts = {
+            n: Flat(i.matrix_shape, self.ranks, steps[n]) for n, i in self.infos.items()
+        }
+        return Placement(Ranks.of_group(world), self._layouts)
 
     def start(self, name: str) -> Tensor:
         """Whole weight at the start."""
@@ -105,7 +112,7 @@ class Bench:
         """Write this rank's part of whole matrices."""
         for name, target in targets.items():
             flat = local(target).detach().view(-1)
-            layout, rank = self.optimizer.layouts[name], self.optimizer.ranks.rank
+            layout, rank = self._layouts[name], self._rank
             for piece in layout.pieces(rank):
                 view(flat, piece).copy_(wholes[name][piece.region.slices])
 
@@ -140,7 +147,7 @@ class Bench:
         """<gradient, step> of each matrix, this rank's part: to be summed over ranks."""
         parts = []
         for (name, param), old in zip(self._flat.items(), before, strict=True):
-            layout, rank = self.optimizer.layouts[name], self.optimizer.ranks.rank
+            layout, rank = self._layouts[name], self._rank
             copies = holding(layout).shares(rank)
             step = old.double() - local(param).detach().double()
             assert param.grad is not None
@@ -149,7 +156,7 @@ class Bench:
 
     def whole(self, name: str) -> Tensor:
         """A whole weight; every rank must call."""
-        found = whole(self._flat[name], self.optimizer.layouts[name], self.optimizer.ranks.group)
+        found = whole(self._flat[name], self._layouts[name], dist.group.WORLD)
         return found.view(self.infos[name].shape)
 
 

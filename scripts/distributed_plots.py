@@ -94,8 +94,9 @@ def draw(content: dict[str, Any], out: Path) -> None:
                     )
                     for layout in layouts
                 ]
-                places = [x + 0.2 * (i - 1.5) for x in range(len(layouts))]
-                axes.bar(places, values, width=0.19, color=colour, label=transport)
+                step = 0.8 / len(COLOURS)
+                places = [x + step * (i - (len(COLOURS) - 1) / 2) for x in range(len(layouts))]
+                axes.bar(places, values, width=0.95 * step, color=colour, label=transport)
             if key == "bytes_per_rank" and rule == "muon":
                 _draw_bound(axes, own, layouts)
             axes.set_xticks(range(len(layouts)), layouts, fontsize=8)
@@ -103,7 +104,7 @@ def draw(content: dict[str, Any], out: Path) -> None:
             axes.set_title(f"{rule.replace('_', ' ')}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(out / "distributed_bytes.png", dpi=130)
 
 

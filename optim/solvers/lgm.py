@@ -61,12 +61,13 @@ def gram(u: Tensor, grad: Tensor, refine: int = 0, precision: Precision | None =
         exactly zero for zero. Where rounding broke the completion it is the one-shot step, and
         `fell_back` says so.
     Source: docs/theory.md; we know of no earlier description.
-    Cost: 6 r + 59 + 31 refine products of n x n, r = long/short (`gram_products`).
+    Cost: 7 r + 61 + 31 refine products of n x n, r = long/short (`gram_products`).
     """
     n = u.shape[-1]
     g = unit_frobenius(grad) * math.sqrt(n)
     b, gg = product(u.mT, g, precision), product(g.mT, g, precision)
-    left, right, fell_back = coefficients(b, gg, u.shape[-2] / n, refine, precision)
+    uu = product(u.mT, u, precision)
+    left, right, fell_back = coefficients(b, gg, uu, u.shape[-2] / n, refine, precision)
     a = product(u, left, precision) + product(g, right, precision)
     # Where C is small, X is large, and so is the rounding of G X - U (B X): make A tangent again.
     return Solution(a - product(u, sym(product(u.mT, a, precision)), precision), fell_back)
@@ -82,13 +83,18 @@ def gram_products(ratio: float, refine: int = 0) -> float:
     along = (1 + refine) * (2 + root) + refine * (1 + lyapunov_solve)
     along += lyapunov_solve if share(ratio) < 1.0 else 0
     across = 1 + 1 / 6 + 2 + root + 2 + 1
-    return 6 * ratio + 1 + along + across + 1
+    return 7 * ratio + 3 + along + across + 1
 
 
 def coefficients(
-    b: Tensor, gg: Tensor, ratio: float, refine: int = 0, precision: Precision | None = None
+    b: Tensor,
+    gg: Tensor,
+    uu: Tensor,
+    ratio: float,
+    refine: int = 0,
+    precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(L1, L2, fell back) with A = U L1 + G L2, from b = U^T G and gg = G^T G alone.
+    """(L1, L2, fell back) with A = U L1 + G L2, from U^T G, G^T G and U^T U alone.
 
     Nothing here is longer than n: on ranks that cut the long side, the two Grams are all that has
     to be summed.
@@ -96,8 +102,10 @@ def coefficients(
     Shapes: (..., n, n); G has Frobenius norm sqrt(n), or 0. ratio: long/short.
     """
     k = skew(b)
+    # C = P^T P of P = G - U B, for any U: with U^T U taken as I, a defect of 1e-4 of a weight that
+    # is nearly square, or 4e-3 of one in bf16, made C indefinite, and the direction unbounded.
     inside = product(b.mT, b, precision)
-    c = sym(gg - inside)
+    c = sym(gg - 2 * inside + product(b.mT, product(uu, b, precision), precision))
     noise = _noise(inside, precision)
     size = ((trace(c) + inner(k, k)) / b.shape[-1]).maximum(noise).sqrt()
     k, c, noise = k / size, c / size**2, noise / size**2

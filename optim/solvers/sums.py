@@ -171,7 +171,7 @@ class GramStiefel(GramForm):
     def owner_flops(self, shape: tuple[int, int]) -> int:
         """LGM's products of n x n but the long ones, tangency, the new Gram and two cubic steps."""
         short, ratio = min(shape), max(shape) / min(shape)
-        inside = lgm.gram_products(ratio, self.ladder.refine) - 6 * ratio
+        inside = lgm.gram_products(ratio, self.ladder.refine) - 7 * ratio
         return round(2 * short**3 * (inside + 10))
 
     def shared_flops(self, shape: tuple[int, int]) -> int:
@@ -200,7 +200,7 @@ class GramStiefel(GramForm):
         one = torch.where(energy > 0, (n / energy.clamp_min(1e-30)).sqrt(), 0.0)
         b, gg = b * one, gg * one**2
         left, right, fell_back = lgm.coefficients(
-            b, gg, max(shape) / n, self.ladder.refine, precision
+            b, gg, uu, max(shape) / n, self.ladder.refine, precision
         )
         # Tangent to rounding, as in `lgm.gram`: A - U sym(U^T A), where U^T A = U^T U L1 + B L2.
         along = product(uu, left, precision) + product(b, right, precision)

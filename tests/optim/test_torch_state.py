@@ -1,6 +1,7 @@
 """State dicts and schedulers are torch's, but matched by name; held for every kind of rule."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(kind):
     bare = copy.deepcopy(saved)
     bare["state"][1].pop(key)
     refused = {
-        f"parameter 'a': .* rule 'Frobenius x Oblique', .* by '{own}'": rewritten(
+        f"parameter 'a': .* rule 'Frobenius x Oblique', .* by '{re.escape(own)}'": rewritten(
             saved, rule="Frobenius x Oblique", lr=1.0
         ),
         r"of parameter 'z' and 0 more that this": rewritten(saved, param_names=["a", "z"]),
