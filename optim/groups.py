@@ -1,7 +1,7 @@
 """Param groups: parameters with their rule, held against what was declared of them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,13 @@ class Group:
             project_(info, param, self.rule, self.per_head)
 
 
+def cycled(rules: Iterable[Rule | EntryRule]) -> dict[str, Any]:
+    """What a torch optimizer's `defaults` say may be cycled: OneCycleLR looks there."""
+    found = list(rules)
+    entries = [rule.hyper for rule in found if isinstance(rule, EntryRule)]
+    return {"momentum": 0.95} if len(entries) < len(found) else entries[0]
+
+
 def check_lr(lr: Any, where: str) -> float:
     """The learning rate as a number.
 
@@ -104,17 +111,20 @@ def check_lr(lr: Any, where: str) -> float:
     return value
 
 
-def check_groups(groups: Sequence[Group], shapes: bool = True) -> None:
+def check_groups(
+    groups: Sequence[Group], shapes: bool = True, known: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Hold parameters against what was declared of them, each exactly once.
 
     shapes: False where the tensors are pieces that a framework handed over.
+    known: names of parameters that are stepped already, by group.
 
     Raises:
         UsageError: a name or a tensor that comes twice, another shape, a rule that does not fit.
     """
-    if all(isinstance(group, Group) and not group.params for group in groups):
+    if known is None and all(isinstance(group, Group) and not group.params for group in groups):
         raise UsageError("the optimizer got no parameters: its groups are empty")
-    names: dict[str, str] = {}
+    names = {name: group for group, members in (known or {}).items() for name in members}
     tensors: dict[Any, str] = {}
     for group in groups:
         if not isinstance(group, Group):

@@ -1,33 +1,30 @@
 """One torch optimizer whose param groups each carry their rule."""
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
-from geon.optim.groups import Group, check_groups, check_near, project_
+from geon.optim.groups import Group, check_groups, check_near, cycled, project_
 from geon.optim.linalg import ieee_products
 from geon.optim.matrices import plan_of
 from geon.optim.readings import Readings
 from geon.optim.roles import ParamInfo
 from geon.optim.rule import Rule
 from geon.optim.shard import Exchange, Layout, Plan, Ranks, Sharding, holding
-from geon.optim.state import Here, Member, carried, load_group, loaded
-from geon.optim.step import WORK, Active, Step, admitted, clip, rule_now, signature
+from geon.optim.state import Here, Member, carried, load_group, loaded, new_state
+from geon.optim.step import Active, Step, admitted, check_policies, clip, rule_now, signature
 from geon.optim.storage import bytes_of, check_contiguous, whole
-
-NONFINITE = ("raise", "skip", "ignore")
-
 
 _KEPT = (
     *("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings"),
-    *("_infos", "_per_head", "_momentum", "_sharding", "_joining"),
+    *("_infos", "_per_head", "_momentum", "_sharding", "_joining", "_begun"),
 )
 """What copies take along besides torch's own."""
 
@@ -89,10 +86,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     ) -> None:
         groups = list(groups) if isinstance(groups, Iterable) else [groups]
         check_groups(groups, shapes=placement is None)
-        if nonfinite not in NONFINITE:
-            raise UsageError(f"nonfinite '{nonfinite}' is not one of {', '.join(NONFINITE)}")
-        if not 0.0 <= max_norm < math.inf:
-            raise UsageError(f"max_norm {max_norm} must be finite and 0 or more")
+        check_policies(nonfinite, max_norm)
         self.rules: dict[str, Rule | EntryRule] = {}
         self.max_norm, self.nonfinite, self.skipped = max_norm, nonfinite, 0
         self.entry_norm: Tensor | None = None
@@ -105,10 +99,10 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._exchange: Exchange | None = None
         self._layouts: dict[str, Layout] = {}
         self._seen: dict[str, tuple[Tensor, tuple[Any, ...]]] = {}
-        self._joining = True
+        self._joining, self._begun = True, False
         super().__init__([self._register(group) for group in groups if group.params], {})
         self._joining = False
-        self._tell_defaults()
+        self.defaults = cycled(self.rules.values())
         self._plan()
         if project:
             self.project_()
@@ -132,12 +126,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         if self._joining:
             super().add_param_group(param_group)
             return
-        if not isinstance(param_group, Group):
-            raise UsageError(
-                "add_param_group takes a Group, which names parameters, their roles and a rule, "
-                f"not a {type(param_group).__name__}: Group(name, rule, lr, [(info, parameter)])"
-            )
-        check_groups([*self._groups(), param_group], shapes=self._placement is None)
+        own = {group["name"]: group["param_names"] for group in self.param_groups}
+        check_groups([param_group], self._placement is None, own)
         if not param_group.params:
             return
         known = dict(self.rules), dict(self._infos), dict(self._per_head)
@@ -154,13 +144,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             self._exchange = None
             raise
         finally:
-            self._tell_defaults()
-
-    def _tell_defaults(self) -> None:
-        """Say what OneCycleLR may cycle, which looks here; groups take nothing from it."""
-        rules = [self.rules[group["name"]] for group in self.param_groups]
-        entries = [rule.hyper for rule in rules if isinstance(rule, EntryRule)]
-        self.defaults = {"momentum": 0.95} if len(entries) < len(rules) else entries[0]
+            self.defaults = cycled(self.rules[group["name"]] for group in self.param_groups)
 
     # What there is, by name.
 
@@ -168,19 +152,6 @@ class HybridOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, param
-
-    def _groups(self) -> list[Group]:
-        """The groups as they were given."""
-        return [
-            Group(
-                group["name"],
-                self.rules[group["name"]],
-                group["lr"],
-                [(self._infos[n], p) for one, n, p in self._named() if one is group],
-                self._per_head[group["name"]],
-            )
-            for group in self.param_groups
-        ]
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         """All parameters, or what a framework holds in their place, with their names."""
@@ -227,9 +198,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     @property
     def layouts(self) -> Mapping[str, Layout]:
         """How each parameter lies over them."""
-        if self._exchange is None:
-            self._plan()
-        return self._layouts
+        return self._layouts if self.exchange else {}
 
     def _plan(self) -> None:
         """Plan for the parameters as they lie, and make the state of those that are trained."""
@@ -256,17 +225,8 @@ class HybridOptimizer(torch.optim.Optimizer):
                 self.state[param] = self._new_state(group, name, param)
 
     def _new_state(self, group: Mapping[str, Any], name: str, param: Tensor) -> dict[str, Any]:
-        rule = self.rules[group["name"]]
-        if not isinstance(rule, Rule):
-            return rule.new_state(param)
-        like = torch.zeros_like(param, dtype=self._momentum, requires_grad=False)
-        state: dict[str, Any] = {"momentum": like}
-        info, rows = self._infos[name], self._infos[name].matrix_shape[0]
-        across = self._per_head[group["name"]] and info.heads and info.head_axis == 1
-        shape = (info.heads, rows) if across else (rows,)
-        for key in rule.row_states:
-            state[key] = torch.zeros(shape, dtype=WORK, device=param.device)
-        return state
+        rule, per_head = self.rules[group["name"]], self._per_head[group["name"]]
+        return new_state(rule, self._infos[name], per_head, param, self._momentum)
 
     def _refresh(self) -> None:
         """Find parameters that are not what was planned for, and plan again.
@@ -353,6 +313,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         for one in everyone:
             one.collect()
         active = [one for one in everyone if one.names or one.coasting]
+        self._check_begun(bool(active))
         if not admitted(active, self.nonfinite, self.ranks):
             self.skipped += any(float(one.group["lr"]) for one in active)
             return loss
@@ -366,6 +327,16 @@ class HybridOptimizer(torch.optim.Optimizer):
         if self.readings.wanted:
             self.readings.close()
         return loss
+
+    def _check_begun(self, moves: bool) -> None:
+        """Refuse a first step without any gradient among several ranks."""
+        if not (moves or self._begun) and dist.is_available() and dist.is_initialized():
+            raise UsageError(
+                "no parameter of the optimizer has a gradient in its first step: fully_shard, "
+                "parallelize_module and their like replace a model's parameters; make the "
+                "optimizer after them, or put the new parameters into its param_groups"
+            )
+        self._begun |= moves
 
     def _step_entries(self, active: Sequence[Active]) -> None:
         """Clip and step what is not stepped as matrices."""

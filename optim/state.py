@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from geon.errors import UsageError
+from geon.optim.entries import EntryRule
+from geon.optim.roles import ParamInfo
+from geon.optim.rule import Rule
+from geon.optim.step import WORK
 from geon.optim.storage import lay, whole
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -20,6 +24,26 @@ def bare(name: str) -> str:
     for prefix in PREFIXES:
         name = name.replace(prefix, "")
     return name
+
+
+def new_state(
+    rule: Rule | EntryRule, info: ParamInfo, per_head: bool, param: Tensor, momentum: torch.dtype
+) -> dict[str, Any]:
+    """State of a parameter before its first step; a DTensor's momentum is a DTensor.
+
+    Row states are whole on every rank, (d_out,), or (heads, d_out) where heads own columns.
+
+    momentum: dtype that the momenta of steepest rules rest in.
+    """
+    if not isinstance(rule, Rule):
+        return rule.new_state(param)
+    like = torch.zeros_like(param, dtype=momentum, requires_grad=False)
+    state: dict[str, Any] = {"momentum": like}
+    across, rows = per_head and info.heads and info.head_axis == 1, info.matrix_shape[0]
+    for key in rule.row_states:
+        shape = (info.heads, rows) if across else (rows,)
+        state[key] = torch.zeros(shape, dtype=WORK, device=param.device)
+    return state
 
 
 class Member(NamedTuple):

@@ -21,6 +21,22 @@ WORK = torch.float32
 manifold better than 4e-3, and loses most of a small step to rounding."""
 
 
+NONFINITE = ("raise", "skip", "ignore")
+"""What a gradient with nan or infinity does; see `HybridOptimizer`."""
+
+
+def check_policies(nonfinite: str, max_norm: float) -> None:
+    """Refuse words and numbers that a step could not follow.
+
+    Raises:
+        UsageError: names the value.
+    """
+    if nonfinite not in NONFINITE:
+        raise UsageError(f"nonfinite '{nonfinite}' is not one of {', '.join(NONFINITE)}")
+    if not 0.0 <= max_norm < math.inf:
+        raise UsageError(f"max_norm {max_norm} must be finite and 0 or more")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece of a DTensor; a plain tensor as it is."""
     to_local = getattr(tensor, "to_local", None)

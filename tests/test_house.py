@@ -105,7 +105,7 @@ ARROWS = {
     "optim.readings": "optim.rule optim.solvers",
     "optim.step": "optim.entries optim.readings optim.rule optim.shard",
     "optim.storage": "optim.shard optim.step",
-    "optim.state": "optim.storage",
+    "optim.state": "optim.entries optim.roles optim.rule optim.step optim.storage",
     "optim.matrices": "optim.entries optim.roles optim.rule optim.shard",
     "optim.groups": "optim.entries optim.matrices optim.norms optim.roles optim.rule optim.shard"
     " optim.storage",

@@ -127,7 +127,8 @@ def train(world, params, optimizer, grad_of, watched=()):
         optimizer.step()
         for name, old in still.items():
             same = all(map(torch.equal, old, everything(params[name], optimizer)))
-            if same == world.coasts(name, step) and any(tensor.numel() for tensor in old):
+            coasts, held = world.coasts(name, step), laid_here(optimizer, name)
+            if (same and held) if coasts else not same:
                 wrong.append(name)
         for name, old in before.items():
             moved = (old - local(params[name]).detach()).double()
@@ -140,6 +141,11 @@ def train(world, params, optimizer, grad_of, watched=()):
                 planned += bucket.loads[optimizer.ranks.rank].sent
                 calls += bucket.collectives
     return Run(wrong, (planned, calls), plans, descents)
+
+
+def laid_here(optimizer, name):
+    """Whether this rank stores any of a parameter, and not padding alone."""
+    return bool(optimizer.layouts[name].pieces(optimizer.ranks.rank))
 
 
 def everything(param, optimizer):

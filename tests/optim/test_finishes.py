@@ -1,4 +1,4 @@
-"""Finishes of a step: each beside its formula in float64, alone and in whole steps; refusals."""
+"""Finishes of a step: each beside its formula in float64, alone and in whole steps."""
 
 import math
 import pickle
