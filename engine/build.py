@@ -44,7 +44,7 @@ from geon.optim import (
     table,
 )
 from geon.optim.router import check_partition
-from geon.optim.shard import MACHINES, Sharding
+from geon.optim.shard import MACHINES, Machine, Sharding
 from geon.optim.storage import lay
 
 ROLES = {
@@ -268,14 +268,7 @@ def make_sharding(config: Config) -> Sharding:
     Raises:
         UsageError: an unknown machine.
     """
-    shard, device = config.shard, planned_device(config)
-    name = device if shard.machine == "auto" else shard.machine
-    if name not in MACHINES:
-        raise UsageError(
-            f"shard.machine '{name}' is not one of auto, {', '.join(MACHINES)}."
-            f"{nearest(name, list(MACHINES))}"
-        )
-    own = MACHINES[name]
+    shard, own = config.shard, _machine(config)
     machine = replace(
         own,
         flops=shard.tflops * 1e12 or own.flops,
@@ -285,7 +278,7 @@ def make_sharding(config: Config) -> Sharding:
     )
     wire = shard.wire.value
     if wire == "auto":
-        wire = "bf16" if device == "cuda" and not shard.reproducible else "fp32"
+        wire = "bf16" if own.device == "cuda" and not shard.reproducible else "fp32"
     return Sharding(
         shard.transport.value,
         shard.objective.value,
@@ -299,11 +292,22 @@ def make_sharding(config: Config) -> Sharding:
 
 def planned_device(config: Config) -> str:
     """Kind of device that computes: the run's, or that of the machine which is planned for."""
-    if config.shard.machine != "auto":
-        return config.shard.machine.split("_")[0]
-    if config.device != "auto":
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return _machine(config).device
+
+
+def _machine(config: Config) -> Machine:
+    """The machine that is planned for; auto is one with the run's device."""
+    name = config.shard.machine
+    if name == "auto":
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in MACHINES:
+        raise UsageError(
+            f"shard.machine '{name}' is not one of auto, {', '.join(MACHINES)}."
+            f"{nearest(name, list(MACHINES))}"
+        )
+    return MACHINES[name]
 
 
 def make_optimizer(

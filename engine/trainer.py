@@ -103,7 +103,13 @@ class Trainer:
         self.stopwatch.mark()
         for callback in self.callbacks:
             callback.before_update(self)
-        parallel.update(run.optimizer)
+        try:
+            parallel.update(run.optimizer)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"step {self.step + 1}: {error}; the last checkpoint under {self.folder} is from "
+                "before"
+            ) from None
         self.stopwatch.mark()
         self.step += 1
         self._read_clock()

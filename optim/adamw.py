@@ -59,7 +59,7 @@ class AdamW(EntryRule):
 
     def step(
         self,
-        group: Mapping[str, Any],
+        group: dict[str, Any],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[State],

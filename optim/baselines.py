@@ -75,7 +75,10 @@ class Baseline(EntryRule):
     key: str
     options: Mapping[str, Any] = field(default_factory=dict)
     curvature: Mapping[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
-    _optimizer: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
+    _optimizers: dict[str, torch.optim.Optimizer] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    """By group."""
 
     cuts = False
 
@@ -121,29 +124,35 @@ class Baseline(EntryRule):
             ) from None
         return made
 
+    def begin(self, group: str, params: Sequence[Tensor], lr: float) -> None:
+        """Make the optimizer of a group."""
+        self._optimizers[group] = self.start(params, lr)
+
     def new_state(self, param: Tensor) -> State:
         """None: the optimizer makes it as it steps."""
         return {}
 
     def step(
         self,
-        group: Mapping[str, Any],
+        group: dict[str, Any],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[State],
     ) -> None:
         """Step those that have a gradient, from the state that is kept here."""
         members = [param for param in group["params"] if param.requires_grad]
-        if self._optimizer is None:
-            self._optimizer = self.start(members, group["lr"])
-        optimizer = self._optimizer
-        for inner in optimizer.param_groups:
-            inner["lr"], inner["params"] = group["lr"], members
+        if group["name"] not in self._optimizers:
+            self.begin(group["name"], members, group["lr"])
+        optimizer = self._optimizers[group["name"]]
+        (inner,) = optimizer.param_groups
+        # Some count their steps there; so copies and state dicts hold all that there is.
+        inner |= {**group.get("numbers", {}), "lr": group["lr"], "params": members}
         for param, state in zip(params, states, strict=True):
             optimizer.state[param] = state
         given, self.curvature = self.curvature, None
         step: Any = optimizer.step
         step(**({"hessian": [given[param] for param in members]} if given is not None else {}))
+        group["numbers"] = {k: v for k, v in inner.items() if k not in ("params", "lr")}
 
     def describe(self) -> str:
         """One line for tables."""

@@ -34,6 +34,14 @@ class EntryRule(ABC):
         """
         return
 
+    def begin(self, group: str, params: Sequence[Tensor], lr: float) -> None:
+        """An optimizer takes a group of this rule: the moment to refuse what could not be stepped.
+
+        Raises:
+            UsageError: says what is missing or wrong.
+        """
+        return
+
     @abstractmethod
     def new_state(self, param: Tensor) -> State:
         """State before the first step; a DTensor's is made of DTensors."""
@@ -41,12 +49,12 @@ class EntryRule(ABC):
     @abstractmethod
     def step(
         self,
-        group: Mapping[str, Any],
+        group: dict[str, Any],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[State],
     ) -> None:
-        """Update parameters and states in place.
+        """Update parameters and states in place; numbers of its own may be kept in the group.
 
         params: those of the group that have a gradient. grads: this rank's pieces of them.
         """

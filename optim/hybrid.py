@@ -112,6 +112,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         """Take note of a group; what torch is to hold of it."""
         if group.name in self.rules:
             raise UsageError(f"two param groups are named '{group.name}'")
+        if isinstance(group.rule, EntryRule):
+            group.rule.begin(group.name, [param for _, param in group.params], group.lr)
         self.rules[group.name] = group.rule
         self._per_head[group.name] = group.per_head
         self._infos |= {info.name: info for info, _ in group.params}

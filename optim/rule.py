@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geon.errors import UsageError
-from geon.optim.finishes import EvenRows, Finish, Move, RowMoments
+from geon.optim.finishes import FINISHES, EvenRows, Finish, Move, RowMoments
 from geon.optim.manifolds import Euclidean, Manifold
 from geon.optim.norms import Norm, Reach, RowWise, Spectral
 from geon.optim.solvers import (
@@ -87,9 +87,9 @@ class Rule:
             if even_rows:
                 finishes += (EvenRows(),)
             object.__setattr__(self, "finishes", finishes)
-            self._check()
             for finish in finishes:
                 finish.check(self.norm, self.manifold, self.decay)
+            self._check()
         except ValueError as error:
             raise UsageError(str(error)) from None
         self._derive()
@@ -126,8 +126,9 @@ class Rule:
                     f"once: keep one of {', '.join(f.describe() for f in self.finishes)}"
                 )
             if not (finish.keeps_tangent or self.manifold.flat):
+                name = next((k for k, v in FINISHES.items() if v is type(finish)), type(finish))
                 raise UsageError(
-                    f"{finish.describe()} would turn directions off the tangent space of "
+                    f"finish {name} would turn directions off the tangent space of "
                     f"{type(self.manifold).__name__}: it needs manifold=euclidean or spectral_ball"
                 )
 

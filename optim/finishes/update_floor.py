@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -5,7 +6,8 @@ from torch import Tensor
 
 from geon.optim.finishes.base import Finish, Move
 from geon.optim.linalg import frobenius
-from geon.optim.norms import Reach
+from geon.optim.manifolds import Manifold
+from geon.optim.norms import Norm, Reach
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,16 @@ class UpdateFloor(Finish):
     keeps_tangent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.least > 0:
-            raise ValueError(f"update_floor least {self.least}: the ratio must be above 0")
+        if not 0 < self.least < math.inf:
+            raise ValueError(f"update_floor least {self.least}: a finite ratio above 0 is needed")
+
+    def check(self, norm: Norm, manifold: Manifold, decay: float) -> None:
+        """On a manifold a step at lr 1 is 1 radian, which retractions rely on."""
+        if self.least > 1 and not manifold.flat:
+            raise ValueError(
+                f"update_floor least {self.least} on {type(manifold).__name__}: steps would be "
+                "longer than the lr radians that its retraction expects; set least to 1 at most"
+            )
 
     def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
         """D max(1, least ||W||_F / ||length D||_F)."""

@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
@@ -6,6 +7,7 @@ from geon.optim.linalg import gaussian
 from geon.optim.manifolds.base import Manifold
 
 
+@dataclass(frozen=True)
 class Euclidean(Manifold):
     """The whole space: every rule on it is unconstrained."""
 

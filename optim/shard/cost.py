@@ -42,6 +42,7 @@ class Machine:
         latency: seconds of an empty collective.
         node: consecutive ranks that share a node; 0 for a network of one level.
         far_bandwidth: bytes/s that a rank sends to other nodes; not read where node is 0.
+        device: kind of device that it has, which decides what is in bf16.
     """
 
     flops: float
@@ -50,6 +51,7 @@ class Machine:
     latency: float
     node: int = 0
     far_bandwidth: float = 0.0
+    device: str = "cuda"
 
     def crossing(self, sender: int, receiver: int, size: int) -> Bytes:
         """Bytes of one message, by the network that it crosses."""
@@ -86,7 +88,7 @@ _GPU = Machine(flops=3e13, half_flops=4e14, bandwidth=1e11, latency=5e-5)
 # GPU, or by 100 Gb/s Ethernet a node, from data sheets, halved. shard.tflops and its neighbours
 # set yours.
 MACHINES = {
-    "cpu": Machine(flops=5e10, half_flops=1.5e11, bandwidth=4e8, latency=1e-3),
+    "cpu": Machine(flops=5e10, half_flops=1.5e11, bandwidth=4e8, latency=1e-3, device="cpu"),
     "cuda": _GPU,
     "cuda_infiniband": replace(_GPU, node=8, far_bandwidth=2.5e10, latency=1e-4),
     "cuda_ethernet": replace(_GPU, node=8, far_bandwidth=8e8, latency=2e-4),

@@ -264,7 +264,7 @@ def _noise(inside: Tensor, precision: Precision | None) -> Tensor:
     step instead of a wild one.
     """
     eps = 2.0**-19 if precision is Precision.BF16X3 else torch.finfo(inside.dtype).eps
-    return 4 * eps * (8 + math.sqrt(inside.shape[-1]) + inner(inside, inside).sqrt())
+    return 8 * eps * (8 + math.sqrt(inside.shape[-1]) + inner(inside, inside).sqrt())
 
 
 def _inverse_root(gram: Tensor, precision: Precision | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run by torchrun: every stage of DeepSpeed x precision x recipe beside DDP; prints one JSON line."""
+"""Run by torchrun: each stage of DeepSpeed x precision x recipe beside DDP; prints a JSON line."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""DeepSpeed trains what DDP trains, at every stage and precision; what it steps is what it holds."""
+"""DeepSpeed trains what DDP trains at every stage and precision, and steps what it holds."""
 
 import pytest
 import torch

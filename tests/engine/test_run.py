@@ -1,6 +1,7 @@
 """One run from the command line: what it leaves, what it refuses, what it logs."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -230,7 +231,7 @@ def test_divergence_stops_with_the_step(tmp_path):
         ok=False,
     )
     assert done.returncode != 0
-    assert "the loss is nan at step" in done.stderr
+    assert re.search(r"step \d+: a gradient of '.*' is not finite: nothing was", done.stderr)
 
 
 def test_multirun_runs_one_process_jobs(tmp_path):
