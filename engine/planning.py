@@ -4,14 +4,9 @@ import json
 from typing import Any
 
 from geon.configs.schema import Config
-from geon.engine.build import (
-    Routing,
-    make_model,
-    make_routing,
-    make_sharding,
-    planned_device,
-)
+from geon.engine.build import Routing, make_model, make_routing
 from geon.engine.parallel import check_layout, planned_layouts
+from geon.engine.sharding import make_sharding, planned_device
 from geon.models import LanguageModel
 from geon.optim import Rule, plan_of
 from geon.optim.shard import Plan
