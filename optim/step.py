@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from geon.errors import UsageError
+from geon.errors import ExchangeError, UsageError
 from geon.optim.entries import EntryRule
 from geon.optim.readings import Readings
 from geon.optim.rule import Rule
@@ -149,9 +149,7 @@ def admitted(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> bool:
     bad = [name for (name, _), v in zip(named, values, strict=True) if not math.isfinite(v)]
     largest = math.inf if bad else max(values, default=0.0)
     if ranks.group is not None:
-        shared = torch.tensor(largest, device=ranks.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=ranks.group)
-        largest = shared.item()
+        largest = _reduced(torch.tensor(largest, device=ranks.device), "MAX", ranks).item()
     if math.isfinite(largest) or nonfinite == "ignore":
         return not (still and largest == 0.0)
     if nonfinite == "skip":
@@ -162,6 +160,22 @@ def admitted(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> bool:
         "were. Lower the learning rate, or set HybridOptimizer(nonfinite='skip') "
         "(optim.nonfinite=skip) to leave out such steps"
     )
+
+
+def _reduced(number: Tensor, operation: str, ranks: Ranks) -> Tensor:
+    """A number over all ranks, in place.
+
+    Raises:
+        ExchangeError: another rank is gone.
+    """
+    try:
+        dist.all_reduce(number, getattr(dist.ReduceOp, operation), ranks.group)
+    except RuntimeError as error:
+        raise ExchangeError(
+            f"rank {ranks.rank}: the reduction of gradient norms (all_reduce) failed: another rank "
+            f"ended, or took longer than parallel.timeout_seconds. {str(error).splitlines()[0]}"
+        ) from error
+    return number
 
 
 def clip(
@@ -175,9 +189,7 @@ def clip(
     pairs = [pair for one in active for pair in zip(one.names, one.grads, strict=True)]
     squares = [grad.float().square().sum() / copies[name] for name, grad in pairs]
     total = torch.stack(squares).sum() if squares else torch.zeros((), device=ranks.device)
-    if ranks.group is not None:
-        dist.all_reduce(total, group=ranks.group)
-    norm = total.sqrt()
+    norm = (total if ranks.group is None else _reduced(total, "SUM", ranks)).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for _, grad in pairs:
         grad.mul_(scale)

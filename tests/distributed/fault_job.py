@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from geon.errors import ExchangeError, UsageError
 from geon.launch.leave import leave
-from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral
-from geon.optim.shard import Wishes
+from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Sharding, Spectral
 
 TIMEOUT = 20.0
 
@@ -25,11 +24,9 @@ def parameter(mesh, placement=None):
     return nn.Parameter(distribute_tensor(draw, mesh, [placement or Shard(0)]))
 
 
-def optimizer(param, name="blocks.0.up.weight", mesh=None, **wishes):
-    info = ParamInfo(name, (16, 8), Role.HIDDEN)
-    return HybridOptimizer(
-        [Group("g", Rule(Spectral()), 0.1, [(info, param)])], Wishes(**wishes), mesh
-    )
+def optimizer(param, name="blocks.0.up.weight", mesh=None, nonfinite="raise", **sharding):
+    group = Group("g", Rule(Spectral()), 0.1, [(ParamInfo(name, (16, 8), Role.HIDDEN), param)])
+    return HybridOptimizer([group], Sharding(**sharding), mesh, nonfinite=nonfinite)
 
 
 def step(opt, param):
@@ -44,27 +41,27 @@ def main(fault):
         optimizer(parameter(mesh), transport="gram" if rank == 1 else "owner")
     elif fault == "other model":
         optimizer(parameter(mesh), "blocks.1.up.weight" if rank == 1 else "blocks.0.up.weight")
-    elif fault == "nameless mesh":
-        optimizer(parameter(DeviceMesh("cpu", torch.arange(dist.get_world_size()))))
+    elif fault == "mesh in another order":
+        ranks = torch.arange(dist.get_world_size()).flip(0)
+        optimizer(parameter(DeviceMesh("cpu", ranks)))
     elif fault == "unknown layout":
         local = torch.ones(16, 8)
         optimizer(nn.Parameter(DTensor.from_local(local, mesh, [Partial()], run_check=False)))
     elif fault == "two meshes":
         other = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("a", "b"))
         optimizer(parameter(other["b"]), mesh=mesh)
-    elif fault == "moved":
+    elif fault == "sharded afterwards":
+        whole = nn.Parameter(parameter(mesh).full_tensor())
+        opt = optimizer(whole, mesh=mesh)
+        parameter(mesh).grad = None  # what fully_shard puts in its place is not in the optimizer
+        opt.step()
+    elif fault in ("dies", "hangs", "dies before"):
         param = parameter(mesh)
-        opt = optimizer(param)
-        step(opt, param)
-        moved = parameter(mesh, Shard(1))
-        opt.param_groups[0]["params"] = [moved]
-        step(opt, moved)
-    elif fault in ("dies", "hangs"):
-        param = parameter(mesh)
-        opt = optimizer(param, transport="owner")
+        look = "raise" if fault == "dies before" else "ignore"
+        opt = optimizer(param, transport="owner", nonfinite=look)
         step(opt, param)
         if rank == 1:
-            if fault == "dies":
+            if fault != "hangs":
                 os._exit(0)
             time.sleep(3 * TIMEOUT)
             return

@@ -26,10 +26,10 @@ def told(tmp_path, fault, ranks=2):
     [
         ("other plan", ["parameter 'blocks.0.up.weight' differs on rank 1 from rank 0"]),
         ("other model", ["parameter 'blocks.0.up.weight' differs on rank 1 from rank 0"]),
-        ("nameless mesh", ["'blocks.0.up.weight' lies on a device mesh without names", "mesh_dim"]),
+        ("mesh in another order", ["'blocks.0.up.weight'", "are not in ascending order"]),
         ("unknown layout", ["parameter 'blocks.0.up.weight' has placements (Partial(sum),)"]),
         ("two meshes", ["parameter 'blocks.0.up.weight' lies on", "slices of one root mesh"]),
-        ("moved", ["parameter 'blocks.0.up.weight' was planned as", "and is now", "Shard(dim=1)"]),
+        ("sharded afterwards", ["no parameter of the optimizer has a gradient in its first step"]),
     ],
 )
 def test_bad_layouts_are_one_message_on_every_rank(tmp_path, fault, words):
@@ -47,5 +47,12 @@ def test_a_rank_that_is_gone_ends_the_others_with_the_collective_and_the_bucket(
     assert message.startswith("ExchangeError: rank 0: the "), message
     assert "(all_to_all_single) of bucket 0 of 1 (1 matrices by owner" in message
     assert "first 'blocks.0.up.weight')" in message
+    assert "parallel.timeout_seconds" in message
+    assert seconds < 15
+
+
+def test_a_rank_that_is_gone_before_the_gradients_are_compared(tmp_path):
+    seconds, message = told(tmp_path, "dies before")[0]
+    assert message.startswith("ExchangeError: rank 0: the reduction of gradient norms"), message
     assert "parallel.timeout_seconds" in message
     assert seconds < 15
