@@ -254,7 +254,7 @@ class DeepSpeed:
 
 
 def _param(key: str) -> str:
-    """Parameter of a state tensor's key."""
+    """Name of the parameter in the key of a state tensor."""
     return key.rsplit(".", 1)[0]
 
 

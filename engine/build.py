@@ -76,7 +76,7 @@ class Routing:
         return info.blocks(self.per_head(info))
 
     def per_head(self, info: ParamInfo) -> bool:
-        """Whether its heads are stepped one by one."""
+        """Whether the heads of a parameter are stepped one by one."""
         return self.configs[self.assigned[info.name]].per_head
 
     def members(self, route: str) -> list[ParamInfo]:
@@ -84,7 +84,7 @@ class Routing:
         return [info for info in self.infos if self.assigned[info.name] == route]
 
     def table(self) -> str:
-        """The role/route table."""
+        """Table of the model's roles and routes, for people."""
         described = {
             name: f"lr {self.configs[name].lr:g}, {rule.describe()}"
             for name, rule in self.rules.items()
@@ -93,7 +93,7 @@ class Routing:
         return table(self.infos, self.assigned, described, per_head)
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """Plain containers, for JSON."""
+        """Roles and routes in plain containers, for JSON."""
         return [
             {
                 "name": info.name,
@@ -254,7 +254,7 @@ def initialise(model: LanguageModel, routing: Routing, seed: int) -> None:
 def _at_boundary(
     info: ParamInfo, blocks: Sequence[Block], rule: Rule, generator: Generator
 ) -> Tensor:
-    """Each block on the sphere of its rule's norm, at its scale."""
+    """Random weight: each block on the sphere of its rule's norm, at its scale."""
     drawn = torch.empty(info.matrix_shape)
     for block in blocks:
         unit = rule.norm.init(block.shape, generator) * rule.radius
@@ -299,7 +299,7 @@ def make_optimizer(
 
 
 def fingerprint(model: LanguageModel) -> Mapping[str, Any]:
-    """What makes two models the same for a checkpoint."""
+    """Facts about a model that must agree for a checkpoint to fit."""
     return {"arch": model.arch, **asdict(model.shape)}
 
 

@@ -31,7 +31,7 @@ class Progress(Callback):
         self._losses: list[Tensor] = []
 
     def on_start(self, trainer: Trainer) -> None:
-        """Open the bar."""
+        """Open the progress bar."""
         self._last = (trainer.step, time.perf_counter())
         if trainer.run.parallel.env.main and self.show:
             self._bar = tqdm(
@@ -44,7 +44,7 @@ class Progress(Callback):
             )
 
     def on_step(self, trainer: Trainer) -> None:
-        """Advance the bar; log at intervals."""
+        """Advance the progress bar; log metrics at intervals."""
         self._losses.append(trainer.loss)
         if self._bar is not None:
             self._bar.update(1)
@@ -102,25 +102,25 @@ class Progress(Callback):
             self._bar.set_postfix_str(text)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Close the bar."""
+        """Close the progress bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 class Evaluator(Callback):
-    """Validation loss every few steps and at the end."""
+    """Logs the validation loss every few steps and at the end."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.last: Evaluation | None = None
 
     def on_step(self, trainer: Trainer) -> None:
-        """Evaluate at intervals, but not at the end twice."""
+        """Evaluate the model at intervals, but not at the end twice."""
         if self.every and trainer.step % self.every == 0 and trainer.progress < 1.0:
             self.evaluate(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Evaluate the result."""
+        """Evaluate the trained model."""
         self.evaluate(trainer)
 
     def evaluate(self, trainer: Trainer) -> None:
@@ -138,7 +138,7 @@ class Evaluator(Callback):
 
 
 class Checkpointer(Callback):
-    """Saves every few steps and at the end."""
+    """Saves a checkpoint every few steps and at the end."""
 
     def __init__(self, every: int, keep: int) -> None:
         self.every = every
@@ -146,16 +146,16 @@ class Checkpointer(Callback):
         self._saved: int | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """A resumed step needs no second checkpoint."""
+        """Note that the step a run resumes from is saved already."""
         self._saved = trainer.step if trainer.step else None
 
     def on_step(self, trainer: Trainer) -> None:
-        """Save at intervals."""
+        """Save a checkpoint at intervals."""
         if self.every and trainer.step % self.every == 0:
             self.save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Save the result."""
+        """Save a checkpoint of the last step."""
         if self._saved != trainer.step:
             self.save(trainer)
 
@@ -198,12 +198,12 @@ class Spectrum(Callback):
         self.every = every
 
     def on_start(self, trainer: Trainer) -> None:
-        """Record the start."""
+        """Record the spectrum of the initial weights."""
         if trainer.step == 0:
             self.record(trainer)
 
     def on_step(self, trainer: Trainer) -> None:
-        """Record at intervals and at the end."""
+        """Record the spectrum at intervals and at the end."""
         if trainer.step % self.every == 0 or trainer.progress >= 1.0:
             self.record(trainer)
 

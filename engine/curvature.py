@@ -15,7 +15,7 @@ class Curvature(Callback):
     """
 
     def before_update(self, trainer: Trainer) -> None:
-        """Hand the optimizer an estimate when it wants one."""
+        """Hand an estimate of the Hessian's diagonal to the baselines that want one."""
         run, optimizer = trainer.run, trainer.run.optimizer
         wanting = [
             (group, rule)

@@ -22,7 +22,7 @@ class Evaluation:
     nats_per_byte: float | None
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For the log."""
+        """The evaluation as a record of the log."""
         return {f"val_{k}": v for k, v in asdict(self).items()}
 
 

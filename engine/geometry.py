@@ -22,12 +22,12 @@ class Geometry(Callback):
         self.every = every
 
     def before_update(self, trainer: Trainer) -> None:
-        """Ask for readings of the coming step."""
+        """Ask the optimizer for readings of the coming step, at intervals."""
         if (trainer.step + 1) % self.every == 0:
             trainer.run.optimizer.readings.wanted = True
 
     def on_step(self, trainer: Trainer) -> None:
-        """Log them."""
+        """Log the readings of the step."""
         if trainer.step % self.every:
             return
         readings = trainer.run.optimizer.readings
@@ -51,7 +51,7 @@ class RecordPairs(Callback):
 
     @torch.no_grad()
     def before_update(self, trainer: Trainer) -> None:
-        """Record the coming step, on every rank, and save on the main one."""
+        """Record the pairs of the coming step on every rank, and save them on the main one."""
         step = trainer.step + 1
         if step not in self.steps:
             return

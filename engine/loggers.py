@@ -11,29 +11,29 @@ from geon.errors import UsageError
 
 
 class Logger(ABC):
-    """Takes one flat record at a time, on the main rank."""
+    """Where metrics go: takes one flat record at a time, on the main rank."""
 
     @abstractmethod
     def write(self, record: dict[str, Any]) -> None:
         """Log a record; it has "kind" and "step"."""
 
     def close(self) -> None:  # noqa: B027 - nothing to close is the common case
-        """Flush and release."""
+        """Flush what was logged, and release the logger."""
 
 
 class Jsonl(Logger):
-    """One JSON object a line, flushed as written."""
+    """Logger of metrics.jsonl: one JSON object a line, flushed as written."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / METRICS).open("a")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append a record as a line."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close metrics.jsonl."""
         self._file.close()
 
 
@@ -56,19 +56,19 @@ class Wandb(Logger):
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log numbers under their kind, against our own step."""
+        """Log the numbers of a record under its kind, against our own step."""
         numbers = {
             f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, int | float)
         }
         self._run.log({**numbers, "step": record["step"]})
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the run at Weights & Biases."""
         self._run.finish()
 
 
 class Tensorboard(Logger):
-    """TensorBoard event files in <run>/tensorboard."""
+    """Logger of TensorBoard event files in <run>/tensorboard."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -80,7 +80,7 @@ class Tensorboard(Logger):
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log numbers under their kind."""
+        """Log the numbers of a record under its kind."""
         for key, value in record.items():
             if isinstance(value, int | float) and key != "step":
                 self._writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])

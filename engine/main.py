@@ -171,7 +171,7 @@ def _headline(parallel: Parallel, trainer: Trainer) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Enums to their names, all the way down."""
+    """Replace the enums in nested dicts and lists by their values."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list):

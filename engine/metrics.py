@@ -54,7 +54,7 @@ class Stopwatch:
     _marks: list[list[float | torch.cuda.Event]] = field(default_factory=list)
 
     def mark(self, first: bool = False) -> None:
-        """Mark a point in time; `first` starts a step."""
+        """Mark a point in time of a step; `first` starts a step."""
         if first:
             self._marks.append([])
         if self.device.type == "cuda":

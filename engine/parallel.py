@@ -182,7 +182,7 @@ class Parallel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Arithmetic of the model."""
+        """Data type of the model's arithmetic."""
         chosen = self.config.precision
         if chosen is Precision.auto:
             chosen = Precision.bf16 if self.device.type == "cuda" else Precision.fp32
@@ -213,7 +213,7 @@ class Parallel:
         return self.mesh[names if len(names) > 1 else names[0]] if self.mesh.ndim > 1 else self.mesh
 
     def _shard(self, model: LanguageModel) -> None:
-        """Apply FSDP2, unit by unit."""
+        """Apply FSDP2 to a model, unit by unit."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor import Shard
 
@@ -232,7 +232,7 @@ class Parallel:
             fully_shard(unit, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
 
     def wrap(self, model: LanguageModel) -> None:
-        """Prepare forward and backward, once the weights are set."""
+        """Prepare forward and backward of a model, once its weights are set."""
         model.checkpoint_activations = self.config.activation_checkpointing
         if self.config.compile:
             for unit in model.shard_units():
@@ -275,7 +275,7 @@ class Parallel:
             yield
 
     def backward(self, loss: Tensor, micros: int, last: bool) -> None:
-        """Add the gradients of one of so many micro-batches."""
+        """Add the gradients of one of `micros` micro-batches."""
         if self.backend is not None:
             self.backend.backward(loss, last)
         else:
@@ -290,11 +290,11 @@ class Parallel:
         optimizer.zero_grad(set_to_none=True)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Average over all ranks."""
+        """Mean of a tensor over all ranks."""
         return self.sum(value) / self.env.world
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over all ranks."""
+        """Sum of a tensor over all ranks."""
         if self.mesh is None:
             return value
         total = value.clone()
@@ -308,7 +308,7 @@ class Parallel:
         return int(self.sum(torch.tensor(float(number), device=self.device)).item())
 
     def gather(self, content: Any) -> list[Any]:
-        """What each rank has to tell, on every rank."""
+        """Objects of all ranks, on every rank."""
         if self.mesh is None:
             return [content]
         everyone: list[Any] = [None] * self.env.world

@@ -47,7 +47,7 @@ def plan_facts(model: LanguageModel, routing: Routing, plan: Plan) -> dict[str, 
 
 
 def describe(model: LanguageModel) -> str:
-    """One line of sizes."""
+    """Describe the size and cost of a model in one line."""
     return (
         f"{model.arch}: {model.parameter_count():,} parameters, "
         f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token (forward and backward)"

@@ -18,13 +18,13 @@ _BITS = 1.0 / np.log(2.0)
 
 
 class Report(Callback):
-    """Last callback: everything a reader wants from a finished run."""
+    """Last callback: writes the sample, pictures and report.json of a finished run."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
 
     def on_end(self, trainer: Trainer) -> None:
-        """Sample on every rank; write and print on the main one."""
+        """Sample text on every rank; write and print the report on the main one."""
         text = self._sample(trainer)
         if not trainer.run.parallel.env.main:
             return
@@ -107,7 +107,7 @@ def draw(folder: Path, facts: dict[str, Any]) -> list[Path]:
 
 
 def table(facts: dict[str, Any]) -> str:
-    """The closing table, for people."""
+    """Closing table of a run, for people."""
     rows: list[tuple[str, str]] = [
         ("model", f"{facts['parameters']:,} parameters, optim={facts['optim']}"),
         ("ranks", f"{facts['ranks']}, parallel={facts['layout']}"),

@@ -15,7 +15,7 @@ def sample(
     generator: Generator | None = None,
     top_k: int = 0,
 ) -> Tensor:
-    """Continue a prompt.
+    """Continue a prompt by `count` tokens.
 
     The last `context` tokens are run again for each new one. Under FSDP every rank must call
     this with a generator of the same seed.

@@ -1,4 +1,4 @@
-"""The loop: read, forward, backward, step. All else is a callback."""
+"""The training loop: read, forward, backward, step. All else is a callback."""
 
 import math
 import time
@@ -18,16 +18,16 @@ class Callback:
     """Hooks into a run; every rank calls every hook, so that hooks may communicate."""
 
     def on_start(self, trainer: "Trainer") -> None:
-        """Before the first step, after a resume."""
+        """Called before the first step, after a resume."""
 
     def before_update(self, trainer: "Trainer") -> None:
-        """Gradients are there, weights not yet moved; `trainer.step` steps lie behind."""
+        """Called with gradients there, weights not yet moved; `trainer.step` steps lie behind."""
 
     def on_step(self, trainer: "Trainer") -> None:
-        """After each step; `trainer.step` steps lie behind."""
+        """Called after each step; `trainer.step` steps lie behind."""
 
     def on_end(self, trainer: "Trainer") -> None:
-        """After the last step."""
+        """Called after the last step."""
 
 
 class Trainer:
@@ -63,7 +63,7 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """Number of tokens trained on."""
         return self.step * self.run.config.data.batch_tokens
 
     def log(self, kind: str, record: dict[str, Any]) -> None:

@@ -32,16 +32,16 @@ class AdamW(EntryRule):
 
     @property
     def name(self) -> str:
-        """AdamW."""
+        """Name of the rule: AdamW."""
         return "AdamW"
 
     @property
     def hyper(self) -> dict[str, Any]:
-        """As torch.optim.AdamW names them."""
+        """Numbers of a param group, by the names that torch.optim.AdamW gives them."""
         return {"betas": tuple(self.betas), "eps": self.eps, "weight_decay": self.decay}
 
     def check(self, numbers: Mapping[str, Any]) -> None:
-        """Betas in [0, 1), eps and weight_decay 0 or more."""
+        """Refuse betas outside [0, 1), and eps or weight_decay below 0 or infinite."""
         for beta in numbers["betas"]:
             if not 0.0 <= beta < 1.0:
                 raise UsageError(f"AdamW betas {numbers['betas']}: each must be in [0, 1)")
@@ -50,7 +50,7 @@ class AdamW(EntryRule):
                 raise UsageError(f"AdamW {key} {numbers[key]} must be 0 or more")
 
     def new_state(self, param: Tensor) -> State:
-        """Zero averages like the parameter (a DTensor stays one) and a step count on the CPU."""
+        """State at first: averages of 0 like the parameter (a DTensor's too), a CPU step count."""
         return {
             "step": torch.zeros(()),
             "exp_avg": torch.zeros_like(param, requires_grad=False),
@@ -64,7 +64,7 @@ class AdamW(EntryRule):
         grads: Sequence[Tensor],
         states: Sequence[State],
     ) -> None:
-        """One step at the group's lr, betas, eps and weight_decay."""
+        """Take one AdamW step at the group's lr, betas, eps and weight_decay."""
         adamw(
             [local(p) for p in params],
             list(grads),
@@ -82,6 +82,6 @@ class AdamW(EntryRule):
         )
 
     def describe(self) -> str:
-        """One line for tables."""
+        """Describe the rule in one line, for tables."""
         text = f"AdamW, betas {self.betas[0]:g} {self.betas[1]:g}"
         return text + (f", decay {self.decay:g}" if self.decay else "")

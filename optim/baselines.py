@@ -78,7 +78,7 @@ class Baseline(EntryRule):
     _optimizers: dict[str, torch.optim.Optimizer] = field(
         default_factory=dict, init=False, repr=False
     )
-    """By group."""
+    """The other package's optimizers, by param group."""
 
     cuts = False
 
@@ -91,16 +91,16 @@ class Baseline(EntryRule):
 
     @property
     def origin(self) -> Origin:
-        """Where it comes from."""
+        """Package, class and settings that the baseline comes from."""
         return BASELINES[self.key]
 
     @property
     def name(self) -> str:
-        """Package and class."""
+        """Name of the rule: package and class of the optimizer."""
         return f"{self.origin.package}.{self.origin.cls}"
 
     def start(self, params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
-        """Make the optimizer.
+        """Make the other package's optimizer over some parameters.
 
         Raises:
             UsageError: its package is not installed, or it does not take an option.
@@ -125,11 +125,11 @@ class Baseline(EntryRule):
         return made
 
     def begin(self, group: str, params: Sequence[Tensor], lr: float) -> None:
-        """Make the optimizer of a group."""
+        """Make the other package's optimizer for a param group, and keep it."""
         self._optimizers[group] = self.start(params, lr)
 
     def new_state(self, param: Tensor) -> State:
-        """None: the optimizer makes it as it steps."""
+        """Empty state: the other package's optimizer makes its own as it steps."""
         return {}
 
     def step(
@@ -139,7 +139,7 @@ class Baseline(EntryRule):
         grads: Sequence[Tensor],
         states: Sequence[State],
     ) -> None:
-        """Step those that have a gradient, from the state that is kept here."""
+        """Step the parameters that have a gradient, from the state that is kept here."""
         members = [param for param in group["params"] if param.requires_grad]
         if group["name"] not in self._optimizers:
             self.begin(group["name"], members, group["lr"])
@@ -155,7 +155,7 @@ class Baseline(EntryRule):
         group["numbers"] = {k: v for k, v in inner.items() if k not in ("params", "lr")}
 
     def describe(self) -> str:
-        """One line for tables."""
+        """Describe the rule in one line, for tables."""
         settings = {**self.origin.settings, **self.options}
         told = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()]
         told = [text for text in told if str(_NEVER) not in text]

@@ -19,7 +19,7 @@ class EntryRule(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What state can be carried over between."""
+        """Name of the rule: state can be carried over between rules of one name."""
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class EntryRule(ABC):
 
     @abstractmethod
     def new_state(self, param: Tensor) -> State:
-        """State before the first step; a DTensor's is made of DTensors."""
+        """State of a parameter before its first step; a DTensor's is made of DTensors."""
 
     @abstractmethod
     def step(
@@ -61,4 +61,4 @@ class EntryRule(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for tables."""
+        """Describe the rule in one line, for tables."""

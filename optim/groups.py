@@ -61,7 +61,7 @@ class Group:
         check_per_head(self.rule, self.per_head, where)
 
     def describe(self) -> str:
-        """One line for tables."""
+        """Describe the rule of the group in one line, for tables."""
         return self.rule.describe() + (", per head" if self.per_head else "")
 
     def entry(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def cycled(rules: Iterable[Rule | EntryRule]) -> dict[str, Any]:
 
 
 def check_lr(lr: Any, where: str) -> float:
-    """The learning rate as a number.
+    """Return a learning rate as a float.
 
     Raises:
         UsageError: not finite, or negative.
@@ -159,7 +159,7 @@ def check_groups(
 
 
 def _identities(param: Tensor) -> Iterable[Any]:
-    """What two names for one tensor have in common."""
+    """Yield keys of a parameter's tensor; two parameters that share a key are one tensor."""
     yield id(param)
     own = param.to_local() if hasattr(param, "to_local") else param
     if own.numel() and own.device.type != "meta":

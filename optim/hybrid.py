@@ -26,7 +26,7 @@ _KEPT = (
     *("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings"),
     *("_infos", "_per_head", "_momentum", "_sharding", "_joining", "_begun"),
 )
-"""What copies take along besides torch's own."""
+"""Attributes that copies of an optimizer take along besides torch's own."""
 
 
 class Placement(NamedTuple):
@@ -109,7 +109,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         self.check_on_manifold()
 
     def _register(self, group: Group) -> dict[str, Any]:
-        """Take note of a group; what torch is to hold of it."""
+        """Note the rule and the parameters of a group; return it as torch is to hold it."""
         if group.name in self.rules:
             raise UsageError(f"two param groups are named '{group.name}'")
         if isinstance(group.rule, EntryRule):
@@ -120,7 +120,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         return group.entry()
 
     def add_param_group(self, param_group: Any) -> None:
-        """Take a Group more.
+        """Add one more Group to the optimizer.
 
         Raises:
             UsageError: a plain dict, which says neither roles nor a rule; or as for the others.
@@ -169,7 +169,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         }
 
     def state_bytes(self) -> int:
-        """Bytes of state on this rank."""
+        """Bytes of optimizer state on this rank."""
         return sum(bytes_of(value) for value in self.state.values())
 
     def set_lr(self, fraction: float) -> None:
@@ -181,7 +181,7 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     @property
     def exchange(self) -> Exchange:
-        """The exchange, with its counters."""
+        """The exchange that runs the plan, with its counters."""
         if self._exchange is None:
             self._plan()
         assert self._exchange is not None
@@ -189,7 +189,7 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     @property
     def plan(self) -> Plan:
-        """What a step sends and computes."""
+        """Plan of a step: what is sent and computed on every rank."""
         return self.exchange.plan
 
     @property
@@ -199,7 +199,7 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
-        """How each parameter lies over them."""
+        """Layout of each parameter over the ranks that step together, by name."""
         return self._layouts if self.exchange else {}
 
     def _plan(self) -> None:
@@ -341,7 +341,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._begun |= moves
 
     def _step_entries(self, active: Sequence[Active]) -> None:
-        """Clip and step what is not stepped as matrices."""
+        """Clip and step the parameters that are not stepped as matrices."""
         entries = [(one, one.rule) for one in active if isinstance(one.rule, EntryRule)]
         if self.max_norm and entries:
             shares = {
@@ -357,13 +357,13 @@ class HybridOptimizer(torch.optim.Optimizer):
     # Saving and loading.
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's; param groups have "param_names"."""
+        """State dict as torch.optim makes it, with "param_names" in its param groups."""
         self._refresh()
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take state and numbers of the parameters of the same names, into tensors of one's own.
+        """Load state and numbers of parameters of the same names, into tensors of one's own.
 
         Nothing is changed unless all of it fits. Every rank must call.
 
@@ -388,13 +388,13 @@ class HybridOptimizer(torch.optim.Optimizer):
             post(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what belongs to this process: the exchange is planned again when needed."""
+        """Attributes that copies take along: all but what belongs to this process."""
         kept = {name: self.__dict__[name] for name in _KEPT}
         here = {"_mesh": Here(self._mesh), "_placement": Here(self._placement)}
         return {**super().__getstate__(), **kept, **here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Nothing is planned until it is asked for."""
+        """Restore a copied or unpickled optimizer; it is planned again when needed."""
         super().__setstate__(state)
         self._mesh, self._placement = state["_mesh"].value, state["_placement"].value
         self._exchange, self._seen, self._adjusted, self._layouts = None, {}, {}, {}

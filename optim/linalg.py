@@ -26,7 +26,7 @@ class Precision(StrEnum):
 
     @property
     def passes(self) -> int:
-        """Hardware products per product."""
+        """Number of hardware products that one product takes."""
         return 3 if self is Precision.BF16X3 else 1
 
     def cast(self, x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def ieee_products() -> Iterator[None]:
 
 
 def unit_max(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Divide by the largest magnitude along `dim`; zeros stay zeros.
+    """Divide x by its largest magnitude along `dim`; zeros stay zeros.
 
     Makes squares safe: entries of 1e-30 or 1e30 would leave the fp32 range when squared.
     """
@@ -137,7 +137,7 @@ def unit_max(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 def unit_frobenius(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """Divide by the 2-norm along `dim`, at any scale; zeros stay zeros."""
+    """Divide x by its 2-norm along `dim`, at any scale; zeros stay zeros."""
     return unit_scaled(unit_max(x, dim), dim)
 
 
@@ -163,7 +163,7 @@ def trace(x: Tensor) -> Tensor:
 
 
 def eye(like: Tensor) -> Tensor:
-    """Identity of the size of square matrices."""
+    """Identity matrix of the size, dtype and device of square matrices."""
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 

@@ -43,7 +43,7 @@ def block_scale(rule: Rule, block: Block) -> float:
 
 
 def _typical_singular_value(rule: Rule, shape: tuple[int, int]) -> float:
-    """Root mean square, of a point of the manifold; in Euclidean space of a full direction.
+    """Root mean square of the singular values of a point, or in Euclidean space of a direction.
 
     sqrt(d_out/d_in) and the radius for Stiefel and the spectral norm.
     """

@@ -56,7 +56,7 @@ class Readings:
         self._fell_back = count if self._fell_back is None else self._fell_back + count
 
     def close(self) -> None:
-        """End of a step: keep what was seen, and look away."""
+        """End an inspected step: keep its readings, and inspect none of the next."""
         if self.wanted:
             self._looked, self._looking = dict(self._looking), defaultdict(list)
             self.wanted = False
@@ -95,7 +95,7 @@ class Readings:
 
 
 def _singular_values(weight: Tensor) -> Tensor:
-    """In units of sqrt(d_out/d_in); by the Gram of the short side, in float64. Nan for nan."""
+    """Singular values over sqrt(d_out/d_in), by the short side's Gram in float64; nan for nan."""
     sound = weight.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
     w = torch.where(sound, weight, 0.0).double()  # an eigensolver raises on nan
     gram = w.mT @ w if w.shape[-2] >= w.shape[-1] else w @ w.mT

@@ -40,7 +40,7 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the block."""
+        """Shape of the block: rows and columns."""
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
     @property

@@ -147,13 +147,13 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """Norm, manifold, and states of finishes: between what state can be carried over."""
+        """Name of the rule: norm, manifold and row states. State fits rules of one name."""
         pair = f"{type(self.norm).__name__} x {type(self.manifold).__name__}"
         return " + ".join([pair, *self.row_states])
 
     @property
     def solver(self) -> Solver:
-        """Steepest descent for this norm and manifold."""
+        """Solver of steepest descent for this norm and manifold."""
         solver: Solver = self._solver  # type: ignore[attr-defined]
         return solver
 
@@ -177,7 +177,7 @@ class Rule:
 
     @property
     def row_states(self) -> tuple[str, ...]:
-        """Names of the numbers a row that its finishes keep."""
+        """Names of the row states that the finishes keep: one number for each row."""
         return tuple(finish.row_state for finish in self.finishes if finish.row_state)
 
     @property
@@ -213,7 +213,7 @@ class Rule:
         return self.average_all([grad], [buffer])[0]
 
     def average_all(self, grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> list[Tensor]:
-        """`average` for many tensors of one dtype at once."""
+        """Do what `average` does for many tensors of one dtype at once."""
         grads, buffers = list(grads), list(buffers)
         torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
         return (
@@ -319,14 +319,14 @@ class Rule:
 
     @property
     def _own_decay(self) -> float:
-        """Decay that no finish takes over."""
+        """Weight decay that no finish takes over."""
         return 0.0 if any(finish.decays for finish in self.finishes) else self.decay
 
     def _move(self, shape: tuple[int, int], lr: float) -> Move:
         return Move(lr, self.length(shape), self.decay, shape, self.norm.extent(shape))
 
     def describe(self) -> str:
-        """One line for tables."""
+        """Describe the rule in one line, for tables."""
         parts = [f"{type(self.norm).__name__} x {type(self.manifold).__name__}"]
         parts.append(f"momentum {self.momentum:g}{' nesterov' if self.nesterov else ''}")
         parts.append(f"radius {getattr(self.manifold, 'radius', self.radius):g}")
@@ -339,7 +339,7 @@ class Rule:
 
 
 def _entrywise_from(finishes: Sequence[Finish]) -> int:
-    """Where the entry-wise finishes at the end of the chain begin."""
+    """Index in the chain at which the entry-wise finishes at its end begin."""
     at = len(finishes)
     while at and finishes[at - 1].reach is Reach.ENTRY and not finishes[at - 1].settles:
         at -= 1
@@ -353,7 +353,7 @@ def _finish(
     rows: Sequence[Tensor],
     move: Move,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The chain; row states are taken from `rows` in order."""
+    """Change directions by a chain of finishes, which take their row states from `rows` in turn."""
     states, kept = iter(rows), []
     for finish in finishes:
         if finish.row_state:

@@ -16,7 +16,7 @@ from geon.optim.storage import lay, whole
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _OWN_KEYS = ("params", "param_names", "names", "name", "rule")
-"""What a param group keeps of its own when a saved one is loaded."""
+"""Keys that a param group keeps of its own when a saved one is loaded."""
 
 
 def bare(name: str) -> str:
@@ -111,7 +111,7 @@ def _names(group: Mapping[str, Any]) -> list[str]:
 
 
 def _check_names(own: Mapping[str, bool], saved: Mapping[str, Any]) -> None:
-    """Refuse a state dict of other parameters. own: whether a parameter is trained."""
+    """Refuse a state dict of other parameters. own: whether each parameter is trained."""
     if foreign := sorted(set(saved) - set(own)):
         raise UsageError(
             f"the state dict is of parameter '{foreign[0]}' and {len(foreign) - 1} more that this "

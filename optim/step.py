@@ -61,7 +61,7 @@ def view(stored: Tensor, piece: Piece) -> Tensor:
 
 
 def signature(param: Any) -> tuple[Any, ...]:
-    """How a parameter lies: what a plan was made for."""
+    """What a plan depends on in how a parameter lies; when it changes, a new plan is needed."""
     place = (param.shape, param.dtype, param.device, param.requires_grad)
     if hasattr(param, "placements"):
         return (*place, param.placements, param.device_mesh)
@@ -86,7 +86,7 @@ class Active:
     coasting: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def collect(self) -> None:
-        """Take the gradients that are there."""
+        """Collect the parameters of the group that have a gradient, and those that coast."""
         group = self.group
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if param.requires_grad and param.grad is not None:
@@ -257,7 +257,7 @@ class Step:
         return matrix.param in self.moving
 
     def operand(self, matrix: Matrix, index: int, piece: Piece) -> Tensor:
-        """A piece of the update (0) or of the weight (1), in fp32."""
+        """A piece of the matrix's update (0) or weight (1), in fp32."""
         if index == 0:
             return view(self.updates[matrix.param], piece)
         stored = self.weights[matrix.param]
@@ -323,9 +323,9 @@ class Step:
         return self.rules[matrix.route].gram_form(matrix.shape)
 
     def row_form(self, matrix: Matrix) -> Any:
-        """The step of its rows from their lengths."""
+        """The step of the matrix's rows from their lengths."""
         return self.rules[matrix.route].row_form
 
     def count_fallbacks(self, fell_back: Tensor) -> None:
-        """Take note of matrices that a cheaper solver stood in for."""
+        """Count matrices that a cheaper solver stood in for."""
         self._readings.count(fell_back)

@@ -12,7 +12,7 @@ from geon.optim.step import local, view
 
 
 def check_contiguous(name: str, param: Tensor) -> None:
-    """Refuse storage that is no plain sequence of rows.
+    """Refuse a parameter whose storage is no plain sequence of rows.
 
     Raises:
         UsageError: names the parameter.
@@ -57,7 +57,7 @@ def lay(whole: Tensor, param: Any, layout: Layout | None = None, rank: int = 0) 
 
 
 def bytes_of(value: Any) -> int:
-    """Bytes of all tensors inside: of a dict, a list, or an object that another package made."""
+    """Bytes of all tensors inside a value: a dict, a list, or an object of another package."""
     if isinstance(value, Tensor):
         own = local(value)
         return own.numel() * own.element_size()

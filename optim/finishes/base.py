@@ -62,17 +62,17 @@ class Finish:
         return
 
     def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
-        """Directions, changed; a finish without a row state."""
+        """Return changed directions; called for a finish without a row state."""
         return direction
 
     def direct_with(self, direction: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions and row state (..., d_out), both changed; a finish with a row state."""
+        """Return changed directions and row states (..., d_out); for a finish with a row state."""
         return direction, rows
 
     def settle(self, weight: Tensor, moved: Tensor) -> Tensor:
-        """Weights after the step, changed, from those before and after it."""
+        """Return changed weights after the step, given those before and after it."""
         return moved
 
     def describe(self) -> str:
-        """A few words for tables."""
+        """Describe the finish in a few words, for tables."""
         return type(self).__name__

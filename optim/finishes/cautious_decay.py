@@ -21,7 +21,7 @@ class CautiousDecay(Finish):
     decays: ClassVar[bool] = True
 
     def check(self, norm: Norm, manifold: Manifold, decay: float) -> None:
-        """Where there is decay."""
+        """Refuse a rule without weight decay."""
         if not decay > 0:
             raise ValueError(
                 f"cautious_decay chooses which entries decay, but weight_decay is {decay}: set "
@@ -29,11 +29,11 @@ class CautiousDecay(Finish):
             )
 
     def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
-        """D + (decay / length) W [D W > 0], so that the step takes lr decay W off those entries."""
+        """Directions D + (decay / length) W [D W > 0]: the step takes lr decay W off there."""
         assert weight is not None
         share = move.decay / move.length
         return direction + share * weight * (direction * weight > 0)
 
     def describe(self) -> str:
-        """For tables."""
+        """Describe the finish in a few words, for tables."""
         return "cautious decay"

@@ -20,15 +20,15 @@ class EvenRows(Finish):
     reach: ClassVar[Reach] = Reach.MATRIX
 
     def check(self, norm: Norm, manifold: Manifold, decay: float) -> None:
-        """Polar factors that no tangent space bends."""
+        """Refuse directions that are not polar factors, or that must stay tangent."""
         needs_free_polar("even_rows gives the rows of a polar factor one length", norm, manifold)
 
     def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
-        """D_i <- D_i mean / |D_i|, mean the root mean square of the lengths."""
+        """Directions with rows D_i mean / |D_i|, mean the root mean square of the lengths."""
         rows = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         mean = torch.linalg.vector_norm(rows, dim=-2, keepdim=True) / rows.shape[-2] ** 0.5
         return direction * (mean / rows.clamp_min(1e-20))
 
     def describe(self) -> str:
-        """For tables."""
+        """Describe the finish in a few words, for tables."""
         return "even rows"

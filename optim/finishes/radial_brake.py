@@ -37,7 +37,7 @@ class RadialBrake(Finish):
                 raise ValueError(f"radial_brake {name} {share} is a share: it must be in [0, 1]")
 
     def check(self, norm: Norm, manifold: Manifold, decay: float) -> None:
-        """Where the length of a weight is free."""
+        """Refuse a manifold that sets the size of its weights."""
         if not manifold.flat:
             raise ValueError(
                 f"radial_brake slows the growth of a weight, but {type(manifold).__name__} sets "
@@ -45,7 +45,7 @@ class RadialBrake(Finish):
             )
 
     def settle(self, weight: Tensor, moved: Tensor) -> Tensor:
-        """W' at the norm ||W|| + share <W/||W||, step>; a weight at the origin is let go."""
+        """Weights at the norm ||W|| + share <W/||W||, step>; from W = 0 as the step left them."""
         size = frobenius(weight)
         unit = weight / size.clamp_min(1e-30)
         radial = inner(unit, moved - weight)
@@ -55,5 +55,5 @@ class RadialBrake(Finish):
         return torch.where(size > 0, braked * scale, moved)
 
     def describe(self) -> str:
-        """For tables."""
+        """Describe the finish in a few words, for tables."""
         return f"radial brake {self.outward:g} {self.inward:g}"

@@ -25,11 +25,11 @@ class RowCap(Finish):
             raise ValueError(f"row_cap most {self.most}: the longest row must be above 0")
 
     def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
-        """D_i <- D_i min(1, most extent / (sqrt(d_out) |D_i|))."""
+        """Directions with rows D_i min(1, most extent / (sqrt(d_out) |D_i|))."""
         bound = self.most * move.extent / move.shape[0] ** 0.5
         rows = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         return direction * (bound / rows.clamp_min(1e-30)).clamp(max=1.0)
 
     def describe(self) -> str:
-        """For tables."""
+        """Describe the finish in a few words, for tables."""
         return f"row cap {self.most:g}"

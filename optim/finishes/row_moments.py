@@ -31,20 +31,20 @@ class RowMoments(Finish):
             )
 
     def check(self, norm: Norm, manifold: Manifold, decay: float) -> None:
-        """Polar factors that no tangent space bends."""
+        """Refuse directions that are not polar factors, or that must stay tangent."""
         needs_free_polar(
             f"second_moment {self.kept} divides the rows of a polar factor", norm, manifold
         )
 
     def direct_with(self, direction: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Running mean squares v of rows; D_i / sqrt(v_i), scaled to the ||D||_F of before."""
+        """Directions D_i / sqrt(v_i), ||D||_F as before, and the rows' mean squares v."""
         rows = rows.lerp(direction.square().mean(dim=-1), 1.0 - self.kept)
         divided = direction / rows.sqrt().clamp_min(1e-12).unsqueeze(-1)
         size = frobenius(divided).clamp_min(1e-30)
         return divided * (frobenius(direction) / size), rows
 
     def describe(self) -> str:
-        """For tables."""
+        """Describe the finish in a few words, for tables."""
         return f"second moment {self.kept:g}"
 
 

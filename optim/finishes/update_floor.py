@@ -33,7 +33,7 @@ class UpdateFloor(Finish):
             raise ValueError(f"update_floor least {self.least}: a finite ratio above 0 is needed")
 
     def check(self, norm: Norm, manifold: Manifold, decay: float) -> None:
-        """On a manifold a step at lr 1 is 1 radian, which retractions rely on."""
+        """Refuse steps of more than 1 radian at lr 1 on a manifold: its retraction needs less."""
         if self.least > 1 and not manifold.flat:
             raise ValueError(
                 f"update_floor least {self.least} on {type(manifold).__name__}: steps would be "
@@ -41,11 +41,11 @@ class UpdateFloor(Finish):
             )
 
     def direct(self, direction: Tensor, weight: Tensor | None, move: Move) -> Tensor:
-        """D max(1, least ||W||_F / ||length D||_F)."""
+        """Directions D max(1, least ||W||_F / ||length D||_F)."""
         assert weight is not None
         size = (move.length * frobenius(direction)).clamp_min(1e-30)
         return direction * (self.least * frobenius(weight) / size).clamp(min=1.0)
 
     def describe(self) -> str:
-        """For tables."""
+        """Describe the finish in a few words, for tables."""
         return f"update floor {self.least:g}"

@@ -57,7 +57,7 @@ class Manifold(ABC):
         """
 
     def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one retraction; 0 where it is element-wise."""
+        """FLOPs of one retraction of a matrix of this shape; 0 where it is element-wise."""
         return 0
 
     def distance(self, weight: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Manifold(ABC):
 
 
 def check_radius(manifold: Manifold, radius: float) -> None:
-    """Refuse a radius that is not positive."""
+    """Refuse a radius of a manifold that is not positive."""
     if not radius > 0:
         raise ValueError(
             f"radius of the {type(manifold).__name__} manifold must be positive, got {radius}"

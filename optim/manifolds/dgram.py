@@ -31,7 +31,7 @@ class DGram(Manifold):
         return self.radius * math.sqrt(shape[-2] / shape[-1] * min(shape[-2:]))
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """V - W S, S symmetric with zero diagonal, S_ij = (W^T V + V^T W)_ij / (d_i^2 + d_j^2).
+        """Tangent part V - W S: S_ij = (W^T V + V^T W)_ij / (d_i^2 + d_j^2), 0 on the diagonal.
 
         Cost: 4 l s^2 FLOPs.
         """
@@ -54,12 +54,12 @@ class DGram(Manifold):
         return orient_like(u * lengths, weight)
 
     def residual(self, weight: Tensor) -> Tensor:
-        """Largest |cosine| between two columns."""
+        """Residual of each matrix: largest |cosine| between two columns."""
         u = unit_frobenius(orient(weight), dim=-2)
         return zero_diagonal(u.mT @ u).abs().amax(dim=(-2, -1))
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Uniform directions, log-normal lengths around the starting one."""
+        """Random point: uniform directions, log-normal lengths around the starting one."""
         point = Stiefel(self.radius).random_point(shape, generator)
         short = (1, shape[1]) if shape[0] >= shape[1] else (shape[0], 1)
         return point * torch.exp(0.3 * gaussian(short, generator))
@@ -98,5 +98,5 @@ def tangent_tall(w: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
 
 
 def zero_diagonal(x: Tensor) -> Tensor:
-    """Square matrices without their diagonal."""
+    """Square matrices (..., n, n) with their diagonal set to 0."""
     return x - torch.diag_embed(x.diagonal(dim1=-2, dim2=-1))

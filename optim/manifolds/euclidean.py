@@ -15,25 +15,25 @@ class Euclidean(Manifold):
     flat = True
 
     def length(self, shape: tuple[int, ...]) -> float:
-        """sqrt(d_out d_in), about the norm of the standard normal matrix that is drawn."""
+        """Typical Frobenius norm sqrt(d_out d_in): about that of a standard normal matrix."""
         return math.sqrt(shape[-2] * shape[-1])
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """Every vector is tangent."""
+        """Tangent part of a vector: the vector itself, as every one is tangent."""
         return vector
 
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
-        """Every matrix is a point."""
+        """Retracted weight: the weight itself, as every matrix is a point."""
         return weight
 
     def residual(self, weight: Tensor) -> Tensor:
-        """Zero."""
+        """Residual of each matrix of the batch: 0."""
         return weight.new_zeros(weight.shape[:-2])
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Standard normal matrix."""
+        """Random point: a standard normal matrix."""
         return gaussian(shape, generator)
 
     def project(self, weight: Tensor) -> Tensor:
-        """Every matrix is a point."""
+        """Nearest point of a weight: the weight itself, as every matrix is a point."""
         return weight

@@ -41,31 +41,31 @@ class Oblique(Manifold):
         return AXES[self.axis]
 
     def vector_length(self, shape: tuple[int, ...]) -> float:
-        """2-norm of each vector."""
+        """2-norm that each vector (row or column) of a weight of this shape has."""
         return self.radius * math.sqrt(shape[self.dim])
 
     def length(self, shape: tuple[int, ...]) -> float:
-        """The radius times sqrt(d_out d_in)."""
+        """Frobenius norm of every point: radius * sqrt(d_out d_in)."""
         return self.radius * math.sqrt(shape[-2] * shape[-1])
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """Vector by vector v - w <w, v> / <w, w>."""
+        """Tangent part of a vector: v - w <w, v> / <w, w>, row by row or column by column."""
         return remove_along(vector, weight, self.dim)
 
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
-        """Rescale each vector."""
+        """Retracted weight: each vector rescaled to its length."""
         return unit_frobenius(weight, self.dim) * self.vector_length(weight.shape)
 
     def residual(self, weight: Tensor) -> Tensor:
-        """Largest | |w| / length - 1 | over the vectors w."""
+        """Residual of each matrix: largest | |w| / length - 1 | over its vectors w."""
         norms = torch.linalg.vector_norm(weight, dim=self.dim)
         return (norms / self.vector_length(weight.shape) - 1.0).abs().amax(dim=-1)
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Vectors uniform on their spheres."""
+        """Random point: vectors uniform on their spheres."""
         return self.project(gaussian(shape, generator))
 
     def project(self, weight: Tensor) -> Tensor:
-        """Rescale each vector, in float64."""
+        """Nearest point of a weight: each vector rescaled to its length, in float64."""
         refuse_zero_vectors(weight, self.dim, self.axis[:-1], "oblique manifold")
         return self.retract(weight.double()).to(weight.dtype)

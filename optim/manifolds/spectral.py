@@ -43,7 +43,7 @@ class _Spectral(Manifold):
         return self.radius * math.sqrt(shape[-2] / shape[-1])
 
     def top(self, weight: Tensor) -> Tensor:
-        """||W||_2 over the bound, up to the error of `top_pair`."""
+        """||W||_2 of each matrix over the bound, up to the error of `top_pair`."""
         u, v = top_pair(weight)
         return (u * (weight @ v)).sum(dim=(-2, -1)) / self.bound(weight.shape)
 
@@ -62,7 +62,7 @@ class SpectralBall(_Spectral):
         return self.bound(shape) * math.sqrt(min(shape[-2:]))
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """Every vector: inside the ball there is no constraint.
+        """Tangent part of a vector: the vector itself, as there is no constraint inside the ball.
 
         On the boundary the admissible directions are a cone, not a space, and the projection on it
         is not linear. It is not taken: a step may point outwards, and `retract` cuts it off, which
@@ -88,7 +88,7 @@ class SpectralBall(_Spectral):
         return schatten_64(weight / self.bound(weight.shape))
 
     def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of asking; the cap comes on top where it acts."""
+        """FLOPs of the norm that decides on a cap; a cap costs two polar factors more."""
         return 2 * min(shape) ** 2 * max(shape) + 8 * min(shape) ** 3
 
     def residual(self, weight: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class SpectralBall(_Spectral):
         return excess.clamp(min=0.0)
 
     def distance(self, weight: Tensor) -> Tensor:
-        """The same by power iterations."""
+        """Residual by power iterations instead of an SVD."""
         return (self.top(weight) - 1.0).clamp(min=0.0)
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
@@ -106,7 +106,7 @@ class SpectralBall(_Spectral):
         return self.project(gaussian(shape, generator) * size)
 
     def project(self, weight: Tensor) -> Tensor:
-        """Clip the singular values, by SVD in float64 where one may be above the bound."""
+        """Nearest point: singular values clipped, by SVD in float64 where one may be too large."""
         if bool((self._size(weight) <= _CERTAINLY_INSIDE).all()):
             return weight
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -139,33 +139,33 @@ class SpectralSphere(_Spectral):
         return self.bound(shape) * math.sqrt(shape[-2] * shape[-1] / top)
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """V - u v^T (u^T V v), with the top singular pair (u, v) of the weight."""
+        """Tangent part V - u v^T (u^T V v), (u, v) the top singular pair of the weight."""
         u, v = top_pair(weight)
         return vector - (u * ((u * (vector @ v)).sum(dim=-2, keepdim=True))) @ v.mT
 
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
-        """Divide by the largest singular value. Cost: that of `top_pair`."""
+        """Retracted weight: divided by its largest singular value. Cost: that of `top_pair`."""
         unit = unit_frobenius(weight)
         u, v = top_pair(unit)
         top = (u * (unit @ v)).sum(dim=(-2, -1), keepdim=True)
         return unit * (self.bound(weight.shape) / torch.where(top > 0, top, torch.ones_like(top)))
 
     def residual(self, weight: Tensor) -> Tensor:
-        """| ||W||_2 / bound - 1 |. Cost: one SVD, so that errors of `top_pair` show."""
+        """Residual | ||W||_2 / bound - 1 |. Cost: one SVD, so that errors of `top_pair` show."""
         return (torch.linalg.matrix_norm(weight, 2) / self.bound(weight.shape) - 1.0).abs()
 
     def distance(self, weight: Tensor) -> Tensor:
-        """The same by power iterations."""
+        """Residual by power iterations instead of an SVD."""
         return (self.top(weight) - 1.0).abs()
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Gaussian, scaled."""
+        """Random point: a Gaussian matrix scaled to the bound."""
         draw = gaussian(shape, generator).double()
         size = self.bound(shape) / torch.linalg.matrix_norm(draw, 2)
         return (draw * size).to(torch.get_default_dtype())
 
     def project(self, weight: Tensor) -> Tensor:
-        """Clip the singular values and raise the largest to the bound, by SVD in float64."""
+        """Nearest point: singular values clipped, the largest raised, by SVD in float64."""
         refuse_zero_vectors(weight, (-2, -1), "matrix", "spectral sphere")
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         bound = self.bound(weight.shape)

@@ -22,27 +22,27 @@ class Sphere(Manifold):
 
     @abstractmethod
     def length(self, shape: tuple[int, ...]) -> float:
-        """Frobenius norm of every point."""
+        """Frobenius norm of every point of this shape."""
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """V - W <W, V> / <W, W>."""
+        """Tangent part of a vector: V - W <W, V> / <W, W>."""
         return remove_along(vector, weight, (-2, -1))
 
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
-        """Rescale: from W - eta A with A tangent, the exact rotation by atan(|eta A| / |W|)."""
+        """Rescaled weight: from W - eta A, A tangent, the exact rotation by atan(|eta A| / |W|)."""
         return unit_frobenius(weight) * self.length(weight.shape)
 
     def residual(self, weight: Tensor) -> Tensor:
-        """| ||W||_F / length - 1 |."""
+        """Residual of each matrix: | ||W||_F / length - 1 |."""
         norm = torch.linalg.vector_norm(weight, dim=(-2, -1))
         return (norm / self.length(weight.shape) - 1.0).abs()
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Uniform on the sphere."""
+        """Random point, uniform on the sphere."""
         return self.project(gaussian(shape, generator))
 
     def project(self, weight: Tensor) -> Tensor:
-        """Rescale, in float64."""
+        """Nearest point of a weight: the weight rescaled, in float64."""
         refuse_zero_vectors(weight, (-2, -1), "matrix", f"{type(self).__name__} manifold")
         return self.retract(weight.double()).to(weight.dtype)
 
@@ -52,19 +52,19 @@ class Hypersphere(Sphere):
     """||W||_F = radius sqrt(d_out d_in): the root mean square of the entries is `radius`."""
 
     def length(self, shape: tuple[int, ...]) -> float:
-        """The radius times sqrt(d_out d_in)."""
+        """Frobenius norm of every point: radius * sqrt(d_out d_in)."""
         return self.radius * math.sqrt(shape[-2] * shape[-1])
 
 
 @dataclass(frozen=True)
 class FrobeniusSphere(Sphere):
-    """The sphere through the Stiefel points of the same radius: singular values free, sum fixed.
+    """The sphere through the Stiefel points of its radius: sum of squared singular values fixed.
 
     Its points have singular values of root mean square radius * sqrt(d_out/d_in).
     """
 
     def length(self, shape: tuple[int, ...]) -> float:
-        """The radius times sqrt(d_out/d_in) times sqrt(short side)."""
+        """Frobenius norm of every point: radius * sqrt(d_out/d_in * short side)."""
         return self.radius * math.sqrt(shape[-2] / shape[-1] * min(shape[-2:]))
 
 

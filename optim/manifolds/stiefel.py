@@ -33,7 +33,7 @@ class Stiefel(Manifold):
         return self.radius * math.sqrt(shape[-2] / shape[-1])
 
     def length(self, shape: tuple[int, ...]) -> float:
-        """The scale times sqrt(short side)."""
+        """Frobenius norm of every point: the scale times sqrt(short side)."""
         return self.scale(shape) * math.sqrt(min(shape[-2:]))
 
     def unit(self, weight: Tensor) -> Tensor:
@@ -41,11 +41,11 @@ class Stiefel(Manifold):
         return orient(weight) / self.scale(weight.shape)
 
     def tangent(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """V - U sym(U^T V)."""
+        """Tangent part of a vector: V - U sym(U^T V)."""
         return orient_like(tangent_unit(self.unit(weight), orient(vector)), vector)
 
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
-        """One cubic Newton-Schulz step U (3 I - U^T U)/2; two above 0.05 radians.
+        """Retraction by one cubic Newton-Schulz step U (3 I - U^T U)/2; two above 0.05 radians.
 
         Cost: 4 l s^2 FLOPs a step, in the weight's dtype (fp32: bf16 would cost the manifold).
         """
@@ -55,21 +55,21 @@ class Stiefel(Manifold):
         return orient_like(u * self.scale(weight.shape), weight)
 
     def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one cubic step."""
+        """FLOPs of a retraction by one cubic step."""
         return 4 * min(shape) ** 2 * max(shape)
 
     def residual(self, weight: Tensor) -> Tensor:
-        """Largest entry of |U^T U - I|."""
+        """Residual of each matrix: largest entry of |U^T U - I|."""
         u = self.unit(weight)
         gram = u.mT @ u
         return (gram - eye(gram)).abs().amax(dim=(-2, -1))
 
     def random_point(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Uniform on the manifold."""
+        """Random point, uniform on the manifold."""
         return self.project(gaussian(shape, generator))
 
     def project(self, weight: Tensor) -> Tensor:
-        """Polar factor by SVD in float64, at the manifold's scale."""
+        """Nearest point of a weight: its polar factor by SVD in float64, times the scale."""
         spectrum = torch.linalg.svdvals(weight.double())
         if bool((spectrum[..., -1] <= 1e-6 * spectrum[..., 0]).any()):
             raise ValueError(

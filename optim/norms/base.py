@@ -1,4 +1,4 @@
-"""What a norm must offer to be stepped in."""
+"""What a norm must offer: value, direction of steepest ascent, dual, extent, random point."""
 
 from abc import ABC, abstractmethod
 from enum import IntEnum
@@ -33,7 +33,7 @@ class Norm(ABC):
 
     @abstractmethod
     def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Direction of steepest ascent on the unit sphere."""
+        """Direction of steepest ascent: argmax <grad, D> over value(D) <= 1."""
 
     @abstractmethod
     def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
@@ -52,5 +52,5 @@ class Norm(ABC):
         return inner(grad, self.lmo(grad))[..., 0, 0]
 
     def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one LMO; element-wise by default."""
+        """FLOPs of one LMO of a matrix of this shape; element-wise by default."""
         return 4 * shape[0] * shape[1]

@@ -13,23 +13,23 @@ class RMS(Norm):
     """Root mean square over all entries: gains and biases, seen as one row (1, n)."""
 
     def value(self, weight: Tensor) -> Tensor:
-        """RMS of the entries."""
+        """Root mean square of the entries of each matrix, (...)."""
         return torch.linalg.vector_norm(weight, dim=(-2, -1)) / math.sqrt(_count(weight.shape))
 
     def dual(self, grad: Tensor) -> Tensor:
-        """2-norm times sqrt(n)."""
+        """Dual norm, (...): the 2-norm times sqrt(n), n the number of entries."""
         return torch.linalg.vector_norm(grad, dim=(-2, -1)) * math.sqrt(_count(grad.shape))
 
     def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Gradient over its RMS."""
+        """Direction of this norm: the gradient over its root mean square."""
         return unit_frobenius(grad) * math.sqrt(_count(shape or grad.shape))
 
     def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Gaussian scaled to RMS 1."""
+        """Random point of norm 1: a Gaussian matrix, scaled."""
         return unit_frobenius(gaussian(shape, generator)) * math.sqrt(_count(shape))
 
     def extent(self, shape: tuple[int, ...]) -> float:
-        """sqrt(n)."""
+        """Extent, the Frobenius norm of a full direction: sqrt(n), n the number of entries."""
         return math.sqrt(_count(shape))
 
 

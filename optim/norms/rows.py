@@ -17,26 +17,26 @@ class RowWise(Norm):
 
     @abstractmethod
     def row_radius(self, shape: tuple[int, ...]) -> float:
-        """2-norm of a row on the unit sphere."""
+        """Row radius: 2-norm of each row of a full direction of this shape."""
 
     def value(self, weight: Tensor) -> Tensor:
-        """Largest row norm over the radius."""
+        """Norm of each matrix, (...): the largest 2-norm of a row over the row radius."""
         return weight.norm(dim=-1).amax(dim=-1) / self.row_radius(weight.shape)
 
     def dual(self, grad: Tensor) -> Tensor:
-        """Sum of row norms times the radius."""
+        """Dual norm, (...): the sum of 2-norms of rows times the row radius."""
         return grad.norm(dim=-1).sum(dim=-1) * self.row_radius(grad.shape)
 
     def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Each row scaled to the radius; zero rows (unseen tokens) stay zero."""
+        """Direction of this norm: rows at the row radius; zero rows (unseen tokens) stay zero."""
         return unit_frobenius(grad, dim=-1) * self.row_radius(shape or grad.shape)
 
     def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Normalised Gaussian rows."""
+        """Random point of norm 1: Gaussian rows, scaled to the row radius."""
         return unit_frobenius(gaussian(shape, generator), dim=-1) * self.row_radius(shape)
 
     def extent(self, shape: tuple[int, ...]) -> float:
-        """The radius times sqrt(rows)."""
+        """Extent, the Frobenius norm of a full direction: the row radius times sqrt(rows)."""
         return self.row_radius(shape) * math.sqrt(shape[-2])
 
 
@@ -51,7 +51,7 @@ class ColNorm(RowWise):
     """
 
     def row_radius(self, shape: tuple[int, ...]) -> float:
-        """sqrt(d): RMS 1."""
+        """Row radius: sqrt(d), so that a row has RMS 1."""
         return math.sqrt(shape[-1])
 
 
@@ -63,5 +63,5 @@ class RowNorm(RowWise):
     """
 
     def row_radius(self, shape: tuple[int, ...]) -> float:
-        """1 / sqrt(d_in)."""
+        """Row radius: 1 / sqrt(d_in)."""
         return 1.0 / math.sqrt(shape[-1])

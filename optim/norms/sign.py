@@ -17,22 +17,22 @@ class Sign(Norm):
     reach = Reach.ENTRY
 
     def value(self, weight: Tensor) -> Tensor:
-        """d_in times the largest magnitude."""
+        """Norm of each matrix, (...): d_in times the largest magnitude."""
         return weight.abs().amax(dim=(-2, -1)) * weight.shape[-1]
 
     def dual(self, grad: Tensor) -> Tensor:
-        """Sum of magnitudes over d_in."""
+        """Dual norm, (...): the sum of magnitudes over d_in."""
         return grad.abs().sum(dim=(-2, -1)) / grad.shape[-1]
 
     def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """sign(G) / d_in."""
+        """Direction of this norm: sign(G) / d_in."""
         return torch.sign(grad) / (shape or grad.shape)[-1]
 
     def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Random signs over d_in."""
+        """Random point of norm 1: random signs over d_in."""
         coin = torch.randint(0, 2, shape, generator=generator, device=generator.device)
         return (2.0 * coin - 1.0) / shape[-1]
 
     def extent(self, shape: tuple[int, ...]) -> float:
-        """sqrt(d_out d_in) / d_in."""
+        """Extent, the Frobenius norm of a full direction: sqrt(d_out/d_in)."""
         return math.sqrt(shape[-2] / shape[-1])

@@ -36,19 +36,19 @@ class Spectral(Norm):
         ]
 
     def value(self, weight: Tensor) -> Tensor:
-        """||W||_2 over the factor."""
+        """Norm of each matrix, (...): ||W||_2 over the factor."""
         return torch.linalg.matrix_norm(weight, 2) / self.factor(weight.shape)
 
     def dual(self, grad: Tensor) -> Tensor:
-        """Nuclear norm times the factor."""
+        """Dual norm, (...): the nuclear norm times the factor."""
         return torch.linalg.matrix_norm(grad, "nuc") * self.factor(grad.shape)
 
     def lmo(self, grad: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Polar factor times the factor."""
+        """Direction of this norm: the gradient's polar factor times the factor."""
         return self.polar(grad) * self.factor(shape or grad.shape)
 
     def init(self, shape: tuple[int, int], generator: Generator) -> Tensor:
-        """Uniform semi-orthogonal matrix times the factor."""
+        """Random point of norm 1: a uniform semi-orthogonal matrix times the factor."""
         wide = shape[0] < shape[1]
         draw = gaussian((shape[1], shape[0]) if wide else shape, generator)
         q, r = torch.linalg.qr(draw)
@@ -56,9 +56,9 @@ class Spectral(Norm):
         return (q.mT if wide else q).contiguous() * self.factor(shape)
 
     def extent(self, shape: tuple[int, ...]) -> float:
-        """The factor times sqrt(short side)."""
+        """Extent, the Frobenius norm of a full direction: the factor times sqrt(short side)."""
         return self.factor(shape) * math.sqrt(min(shape[-2:]))
 
     def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one polar factor."""
+        """FLOPs of one LMO: those of one polar factor."""
         return self.polar.flops(shape)

@@ -42,7 +42,7 @@ def polar(
 
 
 def _iterate(unit: Tensor, triples: Sequence[Triple], precision: Precision | None) -> Tensor:
-    """Steps on matrices of Frobenius norm 1 at most; the margin is in the first polynomial."""
+    """Polar steps on matrices of Frobenius norm 1 at most; the margin is in the first step."""
     wide = unit.shape[-2] < unit.shape[-1]
     x = unit.mT if wide else unit
     x = x if precision is None else precision.cast(x)
@@ -113,7 +113,7 @@ class Polar:
         return steps, minimax(lower, steps)
 
     def precision_on(self, device: torch.device) -> Precision | None:
-        """Arithmetic on a device; None is the input's own dtype."""
+        """Arithmetic of the products on a device; None is the input's own dtype."""
         if self.precision is None and device.type != "cpu":
             return Precision.BF16
         return self.precision
@@ -124,7 +124,7 @@ class Polar:
         return _iterate(unit_frobenius(matrix), self._triples, precision)
 
     def of_scaled(self, matrix: Tensor) -> Tensor:
-        """The same for matrices that are known to be about 1 in size."""
+        """Polar factor of a batch of matrices that are known to be about 1 in size."""
         precision = self.precision_on(matrix.device)
         return _iterate(unit_scaled(matrix), self._triples, precision)
 

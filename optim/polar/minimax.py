@@ -99,7 +99,7 @@ def _divided(values: list[float], nodes: list[float]) -> list[float]:
 
 
 def _critical(a: float, b: float, c: float) -> tuple[float, float]:
-    """Positive zeros of p', smaller first, for b < 0 < a, c."""
+    """Positive zeros of p' of an odd quintic p, smaller first, for b < 0 < a, c."""
     root = math.sqrt(9 * b * b - 20 * a * c)
     return math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
 

@@ -27,7 +27,7 @@ class Bytes:
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Bytes over both networks together."""
         return self.near + self.far
 
 

@@ -37,7 +37,7 @@ class OwnBucket:
 
     @classmethod
     def of(cls, index: int, bucket: Bucket, rank: int) -> "OwnBucket":
-        """What a rank does in a bucket."""
+        """What one rank sends, gets and computes in a bucket."""
         by: dict[Transport, list[Job]] = {}
         sends: tuple[list[tuple[Job, Message]], ...] = ([], [])
         gets: tuple[list[tuple[Job, Message]], ...] = ([], [])
@@ -71,11 +71,11 @@ class _Handle:
     work: dist.Work | None
     received: Tensor
     sent: Tensor
-    """Kept until the collective is over."""
+    """Bytes that are sent, kept until the collective is over."""
 
 
 class Exchange:
-    """Runs a plan.
+    """Runs a plan on this rank, step by step.
 
     Attributes:
         plan: what is sent, decided beforehand.
@@ -87,7 +87,7 @@ class Exchange:
     def __init__(
         self, plan: Plan, ranks: Ranks | None = None, before: "Exchange | None" = None
     ) -> None:
-        """before: the exchange whose place this one takes, and whose counts go on."""
+        """Prepare a plan; `before` is the exchange that this one replaces: its counts go on."""
         self.plan = plan
         self.ranks = ranks or Ranks()
         self.bytes_sent: int = before.bytes_sent if before else 0
@@ -198,7 +198,7 @@ class Exchange:
         return current
 
     def _receive(self, current: _UnderWay, way: int) -> Letters:
-        """What a collective brought, and what this rank kept."""
+        """Wait for a collective; return what it brought, and what this rank kept for itself."""
         handle, current.handle = current.handle, None
         inbox: Letters = dict(current.own)
         if handle is None:

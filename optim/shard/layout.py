@@ -18,12 +18,12 @@ class Region:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the box."""
+        """Shape of the box: rows and columns."""
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
     @property
     def numel(self) -> int:
-        """Number of entries."""
+        """Number of entries of the box."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -79,7 +79,7 @@ class Layout(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """A word or two for tables."""
+        """Name of the layout, a word or two for tables."""
 
     @abstractmethod
     def pieces(self, rank: int) -> tuple[Piece, ...]:
@@ -107,39 +107,39 @@ class Grid(Layout):
 
     @classmethod
     def whole(cls, shape: tuple[int, ...], ranks: int = 1) -> "Grid":
-        """Every rank has a copy (one process, DDP)."""
+        """Layout where every rank has a copy (one process, DDP)."""
         return cls(shape, (ranks,))
 
     @classmethod
     def rows(cls, shape: tuple[int, ...], ranks: int) -> "Grid":
-        """Axis 0 is cut: FSDP2's Shard(0)."""
+        """Layout that cuts axis 0: FSDP2's Shard(0)."""
         return cls(shape, (ranks,), ((0, 0),))
 
     @classmethod
     def cols(cls, shape: tuple[int, ...], ranks: int) -> "Grid":
-        """The last axis is cut."""
+        """Layout that cuts the last axis."""
         return cls(shape, (ranks,), ((0, max(0, len(shape) - 1)),))
 
     @cached_property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        """Of the parameter as a matrix."""
+        """Shape of the parameter as a matrix."""
         batch, rows, cols = self._stacked
         return batch * rows, cols
 
     @cached_property
     def ranks(self) -> int:  # type: ignore[override]
-        """All coordinates of the mesh."""
+        """Number of ranks: of all coordinates of the mesh."""
         return math.prod(self.mesh)
 
     @cached_property
     def _stacked(self) -> tuple[int, int, int]:
-        """(batch, rows, cols)."""
+        """Shape of the parameter as a batch of matrices, (batch, rows, cols)."""
         sizes = (1,) * (3 - len(self.tensor)) + self.tensor
         return sizes[0], sizes[1], sizes[2]
 
     @property
     def name(self) -> str:
-        """E.g. 'rows/4', 'rows/2 cols/2', 'whole', 'cols/2 x2' with two copies."""
+        """Name for tables, e.g. 'rows/4', 'rows/2 cols/2', 'whole', 'cols/2 x2' with two copies."""
         axes = ("batch", "rows", "cols")[3 - max(1, len(self.tensor)) :]
         ways = dict.fromkeys(axes, 1)  # cuts of different axes commute: one name for both orders
         for dim, axis in self.cuts:
@@ -149,7 +149,7 @@ class Grid(Layout):
         return f"{text} x{copies}" if copies > 1 else text
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
-        """One box, or one a matrix when a batch is cut inside its matrices."""
+        """Boxes that `rank` stores: one, or one a matrix if a batch is cut inside its matrices."""
         batch, rows, cols = self._intervals(rank)
         height, width = rows[1] - rows[0], cols[1] - cols[0]
         if not (batch[1] - batch[0]) * height * width:
@@ -187,7 +187,7 @@ class Flat(Layout):
 
     @property
     def name(self) -> str:
-        """Flat, and over how many ranks."""
+        """Name of the layout for tables: flat, and over how many ranks."""
         return f"flat/{self.ranks}"
 
     def run(self, rank: int) -> Interval:
@@ -196,7 +196,7 @@ class Flat(Layout):
         return min(rank * self.step, total), min((rank + 1) * self.step, total)
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
-        """Up to three boxes."""
+        """Boxes that `rank` stores: three at most."""
         return tuple(self._boxes(*self.run(rank)))
 
     def _boxes(self, start: int, stop: int) -> Iterator[Piece]:
@@ -233,7 +233,7 @@ class Holding:
 
     @cached_property
     def of(self) -> dict[int, tuple[int, ...]]:
-        """The copies that a rank belongs to; ranks that store nothing are left out."""
+        """The copies that each rank belongs to; ranks that store nothing are left out."""
         return {rank: ranks for ranks in self.copies for rank in ranks}
 
     def shares(self, rank: int) -> int:
@@ -242,7 +242,7 @@ class Holding:
 
     @cached_property
     def is_whole(self) -> bool:
-        """Whether every rank that stores any of it stores all of it."""
+        """Whether every rank that stores any of the matrix stores all of it."""
         return len(self.copies) == 1
 
     def source(self, copies: tuple[int, ...], receiver: int) -> int:

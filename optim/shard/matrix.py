@@ -82,12 +82,12 @@ class Matrix:
 
     @cached_property
     def holding(self) -> Holding:
-        """Who stores what of it."""
+        """Which rank stores what of the matrix."""
         return holding(self.layout, self.box)
 
     @property
     def words_in(self) -> tuple[int, ...]:
-        """Bytes of an entry of each operand on the way to who computes."""
+        """Bytes of an entry of each operand on its way to the rank that computes."""
         return (self.wire_bytes, FP32)[: self.operands]
 
     @property
@@ -97,7 +97,7 @@ class Matrix:
 
     @cached_property
     def fits(self) -> bool:
-        """Whether every rank that stores any of it stores all that its rule must see at once."""
+        """Whether each rank that stores any of the matrix has all that a step must see at once."""
         if self.row_states and len(self.holding.of) < self.layout.ranks:
             return False
         if self.reach is Reach.MATRIX:
@@ -109,15 +109,15 @@ class Matrix:
 
     @cached_property
     def holders(self) -> list[int]:
-        """Ranks that store most of it: as owners, they need the least sent."""
+        """Ranks that store most of the matrix: as owners, they need the least sent."""
         most = max(self.holding.words)
         return [rank for rank, words in enumerate(self.holding.words) if words == most]
 
     def share(self, rank: int) -> float:
-        """Part of its entries that `rank` stores."""
+        """Part of the matrix's entries that `rank` stores."""
         return self.holding.words[rank] / (self.shape[0] * self.shape[1])
 
     @property
     def copies(self) -> float:
-        """How often its entries are stored, over all ranks."""
+        """How often the matrix's entries are stored, over all ranks."""
         return sum(self.holding.words) / (self.shape[0] * self.shape[1])

@@ -27,17 +27,17 @@ class Bucket:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """The matrices alone."""
+        """Matrices of the bucket, one a job."""
         return tuple(job.matrix for job in self.jobs)
 
     @cached_property
     def params(self) -> frozenset[str]:
-        """Parameters that it holds matrices of."""
+        """Names of the parameters that the bucket holds matrices of."""
         return frozenset(matrix.param for matrix in self.matrices)
 
     @cached_property
     def loads(self) -> list["Load"]:
-        """What each rank sends, computes and holds."""
+        """What each rank sends, computes and holds in the bucket."""
         loads = [Load() for _ in range(self.ranks)]
         for job in self.jobs:
             add(loads, job, self.machine)
@@ -45,22 +45,22 @@ class Bucket:
 
     @cached_property
     def gathers(self) -> bool:
-        """Whether anything travels before the computation."""
+        """Whether anything of the bucket travels before its computation."""
         return any(job.down for job in self.jobs)
 
     @cached_property
     def scatters(self) -> bool:
-        """Whether anything travels after it."""
+        """Whether anything of the bucket travels after its computation."""
         return any(job.up for job in self.jobs)
 
     @property
     def collectives(self) -> int:
-        """Collectives issued for one step: at most one each way."""
+        """Collectives that the bucket takes in one step: at most one each way."""
         return int(self.gathers) + int(self.scatters)
 
     @property
     def phases(self) -> tuple[float, float, float]:
-        """Seconds before, after and of the computation, of the busiest rank in each."""
+        """Seconds before, after and of the bucket's computation, of the busiest rank in each."""
         machine, loads = self.machine, self.loads
         before = max(max(machine.travel(x.down_sent), machine.travel(x.down_got)) for x in loads)
         after = max(max(machine.travel(x.up_sent), machine.travel(x.up_got)) for x in loads)
@@ -71,7 +71,7 @@ class Bucket:
         )
 
     def describe(self) -> str:
-        """For messages: how many matrices of which transport, and the first one's name."""
+        """Describe the bucket for messages: count, transports, and name of the first matrix."""
         kinds = dict.fromkeys(str(job.transport) for job in self.jobs)
         return f"{len(self.jobs)} matrices by {'+'.join(kinds)}, first '{self.matrices[0].name}'"
 
@@ -98,12 +98,12 @@ class Load:
 
     @property
     def sent(self) -> int:
-        """Bytes sent in both directions."""
+        """Bytes that the rank sends in both directions."""
         return self.down_sent.total + self.up_sent.total
 
     @property
     def buffer(self) -> int:
-        """Peak scratch: all that is in flight, whole operands and results."""
+        """Peak scratch of the rank: all that is in flight, whole operands and results."""
         return self.sent + self.down_got.total + self.up_got.total + self.work_bytes
 
 
@@ -128,7 +128,7 @@ def add(loads: Sequence[Load], job: Job, machine: Machine) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """All buckets of a step, in order."""
+    """Plan of a step: all buckets, in order."""
 
     buckets: tuple[Bucket, ...]
     ranks: int = 1
@@ -136,12 +136,12 @@ class Plan:
 
     @cached_property
     def jobs(self) -> list[Job]:
-        """Every matrix with its transport and owner."""
+        """Jobs of the plan: every matrix with its transport and owner."""
         return [job for bucket in self.buckets for job in bucket.jobs]
 
     @property
     def matrices(self) -> list[Matrix]:
-        """Every matrix."""
+        """Every matrix that the plan steps."""
         return [job.matrix for job in self.jobs]
 
     @property
@@ -183,7 +183,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of a step."""
+        """Predicted seconds of a step."""
         return seconds(bucket.phases for bucket in self.buckets)
 
     def lower_bound_words(self) -> float | None:
@@ -192,7 +192,7 @@ class Plan:
         return None if None in bounds else sum(b for b in bounds if b is not None)
 
     def totals(self) -> dict[str, Any]:
-        """Figures of the whole step."""
+        """Figures of the whole step, by name."""
         owners = self.owner_flops
         mean = sum(owners) / self.ranks
         return {
@@ -209,7 +209,7 @@ class Plan:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a matrix."""
+        """Figures of each matrix, by name: one row a matrix."""
         return [
             {
                 "name": job.matrix.name,
@@ -228,7 +228,7 @@ class Plan:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for JSON."""
+        """The plan in plain containers, for JSON."""
         return {"totals": self.totals(), "matrices": self.rows()}
 
     def digests(self) -> dict[str, str]:
@@ -237,11 +237,11 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash that two ranks share exactly when their plans agree."""
+        """Hash of the plan: two ranks share it exactly when their plans agree."""
         return _hash([self.ranks, self.rows()])
 
     def table(self) -> str:
-        """One line per kind of matrix, and the totals."""
+        """Table of the plan: one line per kind of matrix, and the totals."""
         kinds: dict[tuple[str, ...], list[Job]] = {}
         for job in self.jobs:
             m = job.matrix
@@ -262,7 +262,7 @@ class Plan:
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        """The totals in words."""
+        """Totals of the plan in words."""
         t = self.totals()
         return (
             f"per step: {t['orthogonalized_per_step']} matrices orthogonalized, "

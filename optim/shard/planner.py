@@ -49,7 +49,7 @@ def make_plan(matrices: Sequence[Matrix], sharding: Sharding | None = None) -> P
 
 
 def _kind(matrix: Matrix, sharding: Sharding) -> Hashable:
-    """What matrices have in common that take the same transport."""
+    """Key that matrices have in common that take the same transport."""
     offers = tuple(t.offer(matrix, sharding.reproducible) for t in TRANSPORTS.values())
     return matrix.layout, matrix.shape, matrix.route, offers
 
@@ -185,7 +185,7 @@ def _assign(
 
 
 def _least_loaded(matrix: Matrix, loads: Sequence[float], sharding: Sharding) -> int:
-    """The owner: by time, missing words delay; by bytes, only those who miss least may own."""
+    """Owner of a matrix: by time, missing words delay; by bytes, who misses least may own."""
     words = matrix.holding.words
     most = max(words)
     if sharding.objective == "bytes":

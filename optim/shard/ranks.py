@@ -32,7 +32,7 @@ class Ranks:
 
     @classmethod
     def of_group(cls, group: dist.ProcessGroup) -> "Ranks":
-        """A process group without a mesh, e.g. DeepSpeed's data-parallel ranks."""
+        """Ranks of a process group without a mesh, e.g. DeepSpeed's data-parallel ranks."""
         return cls(None, group, dist.get_rank(group), dist.get_world_size(group))
 
     @classmethod
@@ -62,7 +62,7 @@ class Ranks:
 
     @classmethod
     def of(cls, params: Iterable[tuple[str, Tensor]], mesh: DeviceMesh | None = None) -> "Ranks":
-        """Of the given mesh; otherwise of the first DTensor; otherwise this process alone."""
+        """Ranks of the given mesh; otherwise of the first DTensor; otherwise this process alone."""
         if mesh is not None:
             return cls.of_mesh(mesh)
         for name, param in params:
@@ -106,7 +106,7 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """Where small tensors for collectives live."""
+        """Device of small tensors for collectives."""
         if self.group is not None and "nccl" in dist.get_backend(self.group):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
@@ -118,7 +118,7 @@ def _root(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def _cuts(name: str, param: Any) -> list[tuple[int, int]]:
-    """(mesh dimension, axis) in the order in which the cuts were made."""
+    """Cuts of a DTensor, (mesh dimension, axis), in the order in which they were made."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 

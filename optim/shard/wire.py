@@ -42,7 +42,7 @@ def unpack(received: Tensor, words: Words) -> Iterator[Tensor]:
 
 
 def sizes(counts: Iterable[tuple[int, int]], ranks: int) -> list[int]:
-    """Bytes by rank, from (rank, bytes)."""
+    """Bytes for each rank, added up from pairs (rank, bytes)."""
     found = [0] * ranks
     for rank, size in counts:
         found[rank] += size

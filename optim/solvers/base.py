@@ -27,19 +27,19 @@ class Solver(ABC):
 
     @property
     def name(self) -> str:
-        """What to call it in tables, where a pair has more than one solver."""
+        """Name of the solver in tables, where a pair has more than one."""
         return ""
 
     @abstractmethod
     def __call__(self, grad: Tensor, weight: Tensor) -> Solution:
-        """Direction of norm 1; zero for a zero gradient."""
+        """Directions of norm 1 for a batch of gradients; zero for a zero gradient."""
 
     @abstractmethod
     def flops(self, shape: tuple[int, int]) -> int:
         """FLOPs of one direction for a matrix of this shape."""
 
     def half_on(self, device: torch.device) -> bool:
-        """Whether most of those are in bf16 on a device."""
+        """Whether most FLOPs of a direction are in bf16 on a device."""
         return False
 
     def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:

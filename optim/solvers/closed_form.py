@@ -43,7 +43,7 @@ class ClosedForm(Solver):
     polar_factors: int = 0
 
     def __call__(self, grad: Tensor, weight: Tensor) -> Solution:
-        """Solve a batch."""
+        """Directions of a batch of gradients by the formula."""
         return Solution(self.solve(grad, weight))
 
     def flops(self, shape: tuple[int, int]) -> int:
@@ -51,7 +51,7 @@ class ClosedForm(Solver):
         return max(1, self.polar_factors) * self.norm.flops(shape)
 
     def half_on(self, device: torch.device) -> bool:
-        """As the polar factors are."""
+        """Whether the solver's polar factors, if it takes any, are in bf16 on a device."""
         norm = self.norm
         if not isinstance(norm, Spectral):
             return False
@@ -65,7 +65,7 @@ class ClosedForm(Solver):
 
 
 def find(norm: Norm, manifold: Manifold) -> ClosedForm | None:
-    """The solver of a pair; None when there is no closed form."""
+    """Solver of a pair (norm, manifold); None when there is no closed form."""
     on_sphere = isinstance(manifold, Sphere)
 
     def made(solve: Callable[[Tensor, Tensor], Tensor], polar_factors: int = 0) -> ClosedForm:

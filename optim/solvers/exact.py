@@ -28,7 +28,7 @@ class Certified(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Relative distance between the bounds."""
+        """Relative distance between the bounds of the optimum."""
         return (self.dual - self.primal) / self.dual if self.dual > 0 else 0.0
 
 
@@ -80,7 +80,7 @@ class _Point(NamedTuple):
 
 
 def _evaluate(problem: Dual, s: Tensor, mu: float) -> _Point:
-    """Bounds at s, and the minimiser of the majorant there."""
+    """Bounds of the optimum at s, and the minimiser of the majorant there."""
     singular, v = problem.spectrum(s)
     q = (singular**2 + mu * mu).sqrt()
     a = tangent_unit(problem.u, (problem.u @ (problem.k + s) + problem.across) @ (v / q) @ v.mT)
@@ -112,7 +112,7 @@ class _Anderson:
         self.objective = math.inf
 
     def next(self, x: Tensor, step: Tensor, objective: float) -> Tensor:
-        """Next iterate after x, whose plain successor is x + step."""
+        """Next iterate of the fixed-point iteration after x, whose plain successor is x + step."""
         if objective > self.objective * (1 + 1e-12):
             x, step = self.points[-1], self.steps[-1]
             self.points, self.steps, self.objective = [], [], math.inf

@@ -34,9 +34,9 @@ SOFT = 2e-5
 JITTER = 5e-4
 """Added to I + Z^2 before its Cholesky factor; the direction's norm becomes sqrt(1 + JITTER)."""
 OVER_RELAXATION = 1.3
-"""Of a refinement."""
+"""Factor on the step of a refinement."""
 CG_STEPS = 5
-"""Of the Lyapunov equation, from Z'."""
+"""Conjugate gradient steps on the Lyapunov equation, from Z'."""
 ROOT_STEPS = 6
 ROOT_TABLE = minimax(3e-3, ROOT_STEPS)
 POWER_STEPS = 12
@@ -251,7 +251,7 @@ def _contract(z: Tensor, margin: float = 1.003) -> Tensor:
 
 
 def _anticommutator(q: Tensor, z: Tensor, precision: Precision | None) -> Tensor:
-    """ZQ + QZ for skew Z and symmetric Q."""
+    """Anticommutator ZQ + QZ of skew Z and symmetric Q."""
     qz = product(q, z, precision)
     return qz - qz.mT
 

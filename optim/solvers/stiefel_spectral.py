@@ -95,14 +95,14 @@ class StiefelSpectral(Solver):
 
     @property
     def name(self) -> str:
-        """Method, refinements and form."""
+        """Name of the solver: method, refinements and form."""
         chosen = self.ladder
         refined = f"({chosen.refine})" if chosen.refine else ""
         form = f" {chosen.form}" if chosen.method == "lgm" and chosen.form != "auto" else ""
         return f"{chosen.method}{refined}{form}"
 
     def __call__(self, grad: Tensor, weight: Tensor) -> Solution:
-        """Solve a batch."""
+        """Directions of a batch of gradients by the chosen method."""
         u, g = self.manifold.unit(weight), orient(grad)
         solution = self._solve(u, g)
         direction = orient_like(solution.direction, grad) * self.norm.factor(grad.shape)
@@ -124,7 +124,7 @@ class StiefelSpectral(Solver):
         return lgm.gram(u, g, self.ladder.refine, self.ladder.precision)
 
     def _rough(self, device: torch.device) -> bool:
-        """Whether the rectangular form is taken."""
+        """Whether the rectangular form of LGM is taken on a device."""
         if self.ladder.form != "auto":
             return self.ladder.form == "rect"
         return self.norm.polar.precision_on(device) is Precision.BF16
@@ -151,7 +151,7 @@ class StiefelSpectral(Solver):
         return round(products * 2 * short**3) + factors * of_polar
 
     def half_on(self, device: torch.device) -> bool:
-        """As the polar factors are, where the method takes those of long matrices."""
+        """Whether polar factors of long matrices, if the method takes any, are in bf16."""
         if self.ladder.method == "lgm":
             return self._rough(device)
         half = self.norm.polar.precision_on(device) is Precision.BF16

@@ -35,19 +35,19 @@ class GramForm(ABC):
 
     @abstractmethod
     def down(self, short: int) -> int:
-        """Words of a rank's sums."""
+        """Number of words of a rank's sums."""
 
     @abstractmethod
     def up(self, short: int) -> int:
-        """Words of the coefficients."""
+        """Number of words of the coefficients."""
 
     @abstractmethod
     def owner_flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs between sums and coefficients."""
+        """FLOPs on the owner, from sums to coefficients."""
 
     @abstractmethod
     def shared_flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of products and application, over all ranks."""
+        """FLOPs of the products for sums and of applying coefficients, over all ranks."""
 
     @abstractmethod
     def partial(self, update: Tensor, weight: Tensor | None, shape: tuple[int, int]) -> Tensor:
@@ -107,23 +107,23 @@ class GramPolar(GramForm):
         return chosen if chosen is Precision.BF16X3 else None
 
     def down(self, short: int) -> int:
-        """The Gram, symmetric, and a scale."""
+        """Number of words of a rank's sums: the Gram, symmetric, and a scale."""
         return _packed(short) + 1
 
     def up(self, short: int) -> int:
-        """The inverse root, symmetric."""
+        """Number of words of the coefficients: the inverse root, symmetric."""
         return _packed(short)
 
     def owner_flops(self, shape: tuple[int, int]) -> int:
-        """About four products a step."""
+        """FLOPs on the owner: about four products of n x n a polar step."""
         return (4 * self.norm.polar.plan()[0] - 3) * 2 * min(shape) ** 3
 
     def shared_flops(self, shape: tuple[int, int]) -> int:
-        """One product before, one after."""
+        """FLOPs of two long products: one for the sums, one to apply coefficients."""
         return 4 * min(shape) ** 2 * max(shape)
 
     def partial(self, update: Tensor, weight: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        """Gram and scale."""
+        """Sums of this rank's rows: Gram and scale."""
         scale = _power_of_two(update)
         x = update / scale
         return torch.cat([pack(product(x.mT, x, self._precision)), scale[..., 0]], dim=-1)
@@ -131,7 +131,7 @@ class GramPolar(GramForm):
     def combine(
         self, sums: Tensor, shape: tuple[int, int], lr: float
     ) -> tuple[Tensor, Tensor | None]:
-        """(X^T X)^(-1/2), in units of the update."""
+        """Coefficients (X^T X)^(-1/2), in units of the update."""
         total, scale = _add_up(sums, (_packed(min(shape)), 2))
         root = polar_root(unpack(total, min(shape)), *self.norm.polar.plan(), self._precision)
         return pack(root / scale), None
@@ -143,7 +143,7 @@ class GramPolar(GramForm):
         weight: Tensor | None,
         shape: tuple[int, int],
     ) -> Tensor:
-        """X Q, scaled as the norm says."""
+        """This rank's rows of the direction: X Q, scaled as the norm says."""
         root = unpack(coefficients, min(shape)) * self.norm.factor(shape)
         return product(update, root, self._precision)
 
@@ -161,25 +161,25 @@ class GramStiefel(GramForm):
     ladder: Ladder
 
     def down(self, short: int) -> int:
-        """Two symmetric Grams, a cross product and a scale."""
+        """Number of words of a rank's sums: two symmetric Grams, a cross product and a scale."""
         return 2 * _packed(short) + short**2 + 1
 
     def up(self, short: int) -> int:
-        """M1 and M2."""
+        """Number of words of the coefficients: M1 and M2."""
         return 2 * short**2
 
     def owner_flops(self, shape: tuple[int, int]) -> int:
-        """LGM's products of n x n but the long ones, tangency, the new Gram and two cubic steps."""
+        """FLOPs on the owner: LGM's products of n x n, tangency, the new Gram, two cubic steps."""
         short, ratio = min(shape), max(shape) / min(shape)
         inside = lgm.gram_products(ratio, self.ladder.refine) - 7 * ratio
         return round(2 * short**3 * (inside + 10))
 
     def shared_flops(self, shape: tuple[int, int]) -> int:
-        """Three products before, two after."""
+        """FLOPs of five long products: three for the sums, two to apply coefficients."""
         return 10 * min(shape) ** 2 * max(shape)
 
     def partial(self, update: Tensor, weight: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        """U^T U, G^T G, U^T G and the scale of G."""
+        """Sums of this rank's rows: U^T U, G^T G, U^T G and the scale of G."""
         assert weight is not None
         precision, scale = self.ladder.precision, _power_of_two(update)
         u, x = weight / self.manifold.scale(shape), update / scale
@@ -190,7 +190,7 @@ class GramStiefel(GramForm):
     def combine(
         self, sums: Tensor, shape: tuple[int, int], lr: float
     ) -> tuple[Tensor, Tensor | None]:
-        """M1 and M2 in units of the stored weight and update, and where LGM fell back."""
+        """Coefficients M1, M2 in units of the stored weight and update; where LGM fell back."""
         n, precision = min(shape), self.ladder.precision
         half = _packed(n)
         total, scale = _add_up(sums, (half, 0), (half, 2), (n * n, 1))
@@ -226,7 +226,7 @@ class GramStiefel(GramForm):
         weight: Tensor | None,
         shape: tuple[int, int],
     ) -> Tensor:
-        """W M1 + G M2."""
+        """This rank's rows of the new weight: W M1 + G M2."""
         assert weight is not None
         short = min(shape)
         both = coefficients.reshape(*coefficients.shape[:-1], 2, short, short)
@@ -273,7 +273,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(words: Tensor, n: int) -> Tensor:
-    """Invert `pack`."""
+    """Symmetric matrices (..., n, n) from their upper triangles, as `pack` gives them."""
     rows, cols = torch.triu_indices(n, n, device=words.device)
     full = words.new_empty(*words.shape[:-1], n, n)
     full[..., rows, cols] = words

@@ -231,7 +231,7 @@ def test_divergence_stops_with_the_step(tmp_path):
         ok=False,
     )
     assert done.returncode != 0
-    assert re.search(r"step \d+: a gradient of '.*' and \\d+ more is not finite", done.stderr)
+    assert re.search(r"step \d+: a gradient of '.*' and \d+ more is not finite", done.stderr)
 
 
 def test_multirun_runs_one_process_jobs(tmp_path):

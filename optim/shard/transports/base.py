@@ -27,7 +27,7 @@ class Message(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the message."""
         return sum(count * width for count, width in self.words)
 
 
@@ -36,9 +36,9 @@ class Offer(IntEnum):
 
     NO = 0
     MAYBE = 1
-    """It may, and its cost decides."""
+    """The matrix may go this way, and the cost decides."""
     ALWAYS = 2
-    """Nothing could be cheaper: no other is considered."""
+    """No transport could be cheaper: no other is considered."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,21 +55,21 @@ class Job:
 
     @cached_property
     def down(self) -> tuple[Message, ...]:
-        """What is sent before the computation, by sender."""
+        """Messages before the computation, by sender."""
         return tuple(self.transport.down(self.matrix, self.owner))
 
     @cached_property
     def up(self) -> tuple[Message, ...]:
-        """What is sent after it, by receiver."""
+        """Messages after the computation, by receiver."""
         return tuple(self.transport.up(self.matrix, self.owner))
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of a step, over all ranks."""
+        """Bytes that travel for the job in a step, over all ranks."""
         return sum(message.size for message in (*self.down, *self.up))
 
     def flops(self, rank: int) -> int:
-        """FLOPs of a step on a rank."""
+        """FLOPs of the job in a step, on one rank."""
         own = self.transport.owner_flops(self.matrix) if rank == self.owner else 0
         return own + round(self.transport.shared_flops(self.matrix) * self.matrix.share(rank))
 
@@ -80,17 +80,17 @@ class Job:
 
     @property
     def total_flops(self) -> int:
-        """FLOPs of a step on all ranks together."""
+        """FLOPs of the job in a step, on all ranks together."""
         shared = self.transport.shared_flops(self.matrix) * self.matrix.copies
         return self.owner_flops + round(shared)
 
     @property
     def half(self) -> bool:
-        """Whether these are in bf16."""
+        """Whether the job's FLOPs are in bf16."""
         return self.matrix.half and not self.transport.full_precision
 
     def work_bytes(self, rank: int) -> int:
-        """Scratch on a rank besides what travels, in fp32."""
+        """Scratch bytes of the job on a rank besides what travels, in fp32."""
         return self.transport.work_bytes(self.matrix, self.owner, rank)
 
 
@@ -112,28 +112,28 @@ class Work(Protocol):
         """A piece (rows, cols) that this rank stores: 0 of the update, 1 of the weight, fp32."""
 
     def row_states(self, matrix: Matrix) -> Sequence[Tensor]:
-        """Numbers a row that the rule keeps, (d_out,) each."""
+        """Row states of the matrix that the rule keeps, (d_out,) each."""
 
     def solve(self, jobs: Sequence[Job], operands: Sequence[Tensor]) -> Tensor:
         """Results (batch, rows, cols) for alike matrices, or pieces; row states are written."""
 
     def write(self, results: Iterable[tuple[Matrix, Piece, Tensor]]) -> None:
-        """Take pieces of results into the weights."""
+        """Take pieces of results into the weights of their matrices."""
 
     def set_row_states(self, matrix: Matrix, states: Sequence[Tensor]) -> None:
-        """Take the row states that came with a result."""
+        """Take the row states that came with a result of the matrix."""
 
     def lr(self, matrix: Matrix) -> float:
-        """Learning rate."""
+        """Learning rate of the matrix in this step."""
 
     def gram_form(self, matrix: Matrix) -> Any:
-        """optim/solvers/sums.py."""
+        """The step of the matrix from sums over its long side (optim/solvers/sums.py)."""
 
     def row_form(self, matrix: Matrix) -> Any:
-        """optim/solvers/sums.py."""
+        """The step of the matrix's rows from their lengths (optim/solvers/sums.py)."""
 
     def count_fallbacks(self, fell_back: Tensor) -> None:
-        """Take note of where a cheaper solver stood in."""
+        """Count matrices that a cheaper solver stood in for."""
 
 
 class Transport(ABC):
@@ -163,15 +163,15 @@ class Transport(ABC):
         """Whether a matrix may go this way. reproducible: no sums over ranks."""
 
     def down(self, matrix: Matrix, owner: int) -> Iterable[Message]:
-        """What is sent before the computation."""
+        """Messages that are sent for a matrix before its computation."""
         return ()
 
     def up(self, matrix: Matrix, owner: int) -> Iterable[Message]:
-        """What is sent after it."""
+        """Messages that are sent for a matrix after its computation."""
         return ()
 
     def owner_flops(self, matrix: Matrix) -> int:
-        """FLOPs on the owner alone."""
+        """FLOPs of a matrix that fall to its owner alone."""
         return 0
 
     def shared_flops(self, matrix: Matrix) -> int:
@@ -179,18 +179,18 @@ class Transport(ABC):
         return 0
 
     def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
-        """Scratch on a rank besides what travels."""
+        """Scratch bytes of a matrix on a rank besides what travels."""
         return 0
 
     # A step, each phase for all jobs of a bucket that go this way.
 
     def depart(self, jobs: Sequence[Job], work: Work) -> Letters:
-        """What this rank sends to the owners."""
+        """Return what this rank sends to the owners."""
         return {}
 
     @abstractmethod
     def compute(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> Letters:
-        """Do what falls to this rank; what it sends on."""
+        """Compute what falls to this rank; return what it sends on."""
 
     def land(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> None:
         """Take what came into the weights."""

@@ -28,40 +28,40 @@ class Gram(Transport):
     full_precision = True
 
     def offer(self, matrix: Matrix, reproducible: bool) -> Offer:
-        """Where the rule has sums, and ranks cut the long side."""
+        """Offer to take a matrix whose rule has sums, and whose long side the ranks cut."""
         if reproducible or matrix.fits or matrix.sums is None or matrix.sums.kind != self.name:
             return Offer.NO
         short = 1 if matrix.shape[0] >= matrix.shape[1] else 0
         return Offer.MAYBE if matrix.holding.spans(short) else Offer.NO
 
     def down(self, matrix: Matrix, owner: int) -> Iterable[Message]:
-        """Sums."""
+        """Messages of sums, to the owner."""
         assert matrix.sums is not None
         words = ((matrix.sums.down, FP32),)
         return to_owner(matrix, owner, lambda _: words)
 
     def up(self, matrix: Matrix, owner: int) -> Iterable[Message]:
-        """Coefficients, to everybody who stores some of it."""
+        """Messages of coefficients, to every rank that stores some of the matrix."""
         assert matrix.sums is not None
         words = ((matrix.sums.up, FP32),)
         return (Message(owner, rank, words) for rank in sorted(matrix.holding.of) if rank != owner)
 
     def owner_flops(self, matrix: Matrix) -> int:
-        """From sums to coefficients."""
+        """FLOPs on the owner, from sums to coefficients."""
         return matrix.sums.owner_flops if matrix.sums else 0
 
     def shared_flops(self, matrix: Matrix) -> int:
-        """The products on both ends."""
+        """FLOPs of the products that give the sums and that apply the coefficients."""
         return matrix.sums.shared_flops if matrix.sums else 0
 
     def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
-        """Sums and coefficients on the owner, the own part of the result elsewhere."""
+        """Scratch bytes: the own part of the result, and on the owner sums and coefficients."""
         assert matrix.sums is not None
         own = (matrix.sums.down + matrix.sums.up) * FP32 if rank == owner else 0
         return own + matrix.holding.words[rank] * FP32
 
     def depart(self, jobs: Sequence[Job], work: Work) -> Letters:
-        """Sums of own rows."""
+        """Return the sums of this rank's rows."""
         outbox: Letters = {}
         for batch in _alike((job for job in jobs if sends(job, work.rank)), work):
             matrix = batch[0].matrix
@@ -72,7 +72,7 @@ class Gram(Transport):
         return outbox
 
     def compute(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> Letters:
-        """Coefficients; sums are added in the order of ranks."""
+        """Return the coefficients; sums are added in the order of ranks."""
         outbox: Letters = {}
         mine = (job for job in jobs if job.owner == work.rank)
         for batch in batches(mine, work.alone, lambda job: _senders(job, inbox)):
@@ -94,7 +94,7 @@ class Gram(Transport):
         return outbox
 
     def land(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> None:
-        """Apply the coefficients to own rows."""
+        """Apply the coefficients to this rank's rows."""
         held = [job for job in jobs if (job, job.owner) in inbox]
         for batch in _alike((job for job in held if work.moves(job.matrix)), work):
             matrix = batch[0].matrix
@@ -111,7 +111,7 @@ class Gram(Transport):
 
 
 def _senders(job: Job, inbox: Letters) -> tuple[int, ...]:
-    """Ranks whose sums are there."""
+    """Ranks whose sums of a job are in the inbox, in order."""
     ranks = {job.owner, *(message.sender for message in job.down)}
     return tuple(rank for rank in sorted(ranks) if (job, rank) in inbox)
 
@@ -126,7 +126,7 @@ def _alike(jobs: Iterable[Job], work: Work) -> list[list[Job]]:
 
 
 def _slabs(jobs: Sequence[Job], work: Work) -> tuple[Tensor, Tensor | None]:
-    """Own parts of a batch, updates and weights, oriented long x short."""
+    """This rank's parts of a batch, updates and weights, oriented long x short."""
     matrix = jobs[0].matrix
     stacked = [
         torch.stack([work.operand(job.matrix, k, _own(job, work)) for job in jobs])
@@ -138,5 +138,5 @@ def _slabs(jobs: Sequence[Job], work: Work) -> tuple[Tensor, Tensor | None]:
 
 
 def _unit(weight: Tensor | None, matrix: Matrix) -> Tensor | None:
-    """Weights in units of their scale."""
+    """Weights over the scale of their matrix."""
     return weight if weight is None or matrix.scale == 1.0 else weight / matrix.scale

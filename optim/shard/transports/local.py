@@ -16,18 +16,18 @@ class Local(Transport):
     owned = False
 
     def offer(self, matrix: Matrix, reproducible: bool) -> Offer:
-        """Where each rank holds enough; always, if no rank computes what another one does."""
+        """Offer to take what each rank holds enough of; ALWAYS if nothing is computed twice."""
         if not matrix.fits:
             return Offer.NO
         once = all(len(ranks) == 1 for ranks in matrix.holding.copies)
         return Offer.ALWAYS if once or matrix.reach is not Reach.MATRIX else Offer.MAYBE
 
     def shared_flops(self, matrix: Matrix) -> int:
-        """The step."""
+        """FLOPs of the whole step."""
         return matrix.flops
 
     def compute(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> Letters:
-        """Step own pieces, those of equal shapes together."""
+        """Step this rank's pieces, those of equal shapes together."""
         alike: dict[Hashable, list[tuple[Job, Piece]]] = defaultdict(list)
         for job in jobs:
             matrix = job.matrix

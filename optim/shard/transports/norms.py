@@ -24,35 +24,35 @@ class Norms(Transport):
     full_precision = True
 
     def offer(self, matrix: Matrix, reproducible: bool) -> Offer:
-        """Wherever the rule needs no more than the lengths of rows."""
+        """Offer to take a matrix whose rule needs no more than the lengths of rows."""
         found = matrix.sums is not None and matrix.sums.kind == self.name
         return Offer.ALWAYS if found and not matrix.fits else Offer.NO
 
     def down(self, matrix: Matrix, owner: int) -> Iterable[Message]:
-        """Squares and scales of the rows that a rank stores a part of."""
+        """Messages of squares and scales of the rows that a rank stores a part of."""
         assert matrix.sums is not None
         down = matrix.sums.down
         return to_owner(matrix, owner, lambda rank: ((_count(matrix, rank) * down, FP32),))
 
     def up(self, matrix: Matrix, owner: int) -> Iterable[Message]:
-        """Lengths of these rows."""
+        """Messages of lengths of the rows that a rank stores a part of."""
         assert matrix.sums is not None
         for rank in sorted(matrix.holding.of):
             if rank != owner and (count := _count(matrix, rank)):
                 yield Message(owner, rank, ((count * matrix.sums.up, FP32),))
 
     def shared_flops(self, matrix: Matrix) -> int:
-        """Element-wise work."""
+        """FLOPs of squares and of scaling, both element-wise."""
         return matrix.sums.shared_flops if matrix.sums else 0
 
     def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
-        """Sums and lengths on the owner, the own part of the direction elsewhere."""
+        """Scratch bytes: the own part of the direction, and on the owner sums and lengths."""
         assert matrix.sums is not None
         words = _count(matrix, rank) * (matrix.sums.down + matrix.sums.up)
         return (words if rank == owner else 0) * FP32 + matrix.holding.words[rank] * FP32
 
     def depart(self, jobs: Sequence[Job], work: Work) -> Letters:
-        """Squares of own parts of rows."""
+        """Return the squares of this rank's parts of rows."""
         outbox: Letters = {}
         for job in jobs:
             if not sends(job, work.rank):
@@ -68,7 +68,7 @@ class Norms(Transport):
         return outbox
 
     def compute(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> Letters:
-        """Lengths of rows from the sums of all ranks, in the order of ranks."""
+        """Return the lengths of rows, from the sums of all ranks in the order of ranks."""
         outbox: Letters = {}
         for job in jobs:
             if job.owner != work.rank:
@@ -112,7 +112,7 @@ class Norms(Transport):
 
 
 def _shared(matrix: Matrix, rank: int) -> list[Interval]:
-    """Intervals of rows that `rank` stores a part of only."""
+    """Intervals of a matrix's rows that `rank` stores a part of only."""
     width = (0, matrix.shape[1])
     return [p.region.rows for p in matrix.holding.pieces[rank] if p.region.cols != width]
 

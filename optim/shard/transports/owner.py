@@ -23,11 +23,11 @@ class Owner(Transport):
     name = "owner"
 
     def offer(self, matrix: Matrix, reproducible: bool) -> Offer:
-        """Everywhere."""
+        """Offer to take any matrix."""
         return Offer.MAYBE
 
     def down(self, matrix: Matrix, owner: int) -> Iterable[Message]:
-        """Pieces of each operand."""
+        """Messages of the pieces of each operand, to the owner."""
 
         def words(rank: int) -> tuple[tuple[int, int], ...]:
             return tuple((matrix.holding.words[rank], width) for width in matrix.words_in)
@@ -35,23 +35,23 @@ class Owner(Transport):
         return to_owner(matrix, owner, words)
 
     def up(self, matrix: Matrix, owner: int) -> Iterable[Message]:
-        """Row states to every rank, and pieces of the result to those who store some."""
+        """Messages of row states to every rank, of the result's pieces to those who store some."""
         states = ((matrix.shape[0], FP32),) * matrix.row_states
         for rank, count in enumerate(matrix.holding.words):
             if rank != owner and (count or states):
                 yield Message(owner, rank, (*states, (count, matrix.bytes_out)))
 
     def owner_flops(self, matrix: Matrix) -> int:
-        """The step."""
+        """FLOPs of the whole step, on the owner."""
         return matrix.flops
 
     def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
-        """Whole operands and the result."""
+        """Scratch bytes: whole operands and the result, on the owner."""
         whole = matrix.shape[0] * matrix.shape[1] * FP32
         return whole * (matrix.operands + 1) if rank == owner else 0
 
     def depart(self, jobs: Sequence[Job], work: Work) -> Letters:
-        """Own pieces."""
+        """Return this rank's pieces of the operands."""
         return {
             (job, job.owner): [_pieces(job, work, k) for k in range(job.matrix.operands)]
             for job in jobs
@@ -59,7 +59,7 @@ class Owner(Transport):
         }
 
     def compute(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> Letters:
-        """Directions, or new weights, of what this rank owns."""
+        """Return directions, or new weights, of the matrices that this rank owns."""
         outbox: Letters = {}
         for batch in batches((job for job in jobs if job.owner == work.rank), work.alone):
             operands = [
@@ -77,7 +77,7 @@ class Owner(Transport):
         return outbox
 
     def land(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> None:
-        """Write own pieces."""
+        """Write this rank's pieces of the results."""
         entries = []
         for job in jobs:
             if (job, job.owner) not in inbox:
@@ -94,14 +94,14 @@ class Owner(Transport):
 
 
 def _pieces(job: Job, work: Work, operand: int) -> Tensor:
-    """What this rank stores of an operand, flat."""
+    """This rank's entries of an operand, flat."""
     own = job.matrix.holding.pieces[work.rank]
     parts = [work.operand(job.matrix, operand, piece).reshape(-1) for piece in own]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _cut(job: Job, result: Tensor, rank: int) -> Tensor:
-    """What a rank stores of a result, flat."""
+    """A rank's entries of a result, flat."""
     own = job.matrix.holding.pieces[rank]
     parts = [result[piece.region.slices].reshape(-1) for piece in own]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else result.new_empty(0)
