@@ -52,6 +52,19 @@ def check_deepspeed(config: Config, routing: Routing) -> None:
             "when they are stepped; set optim.max_norm=0 (matrices need no clipping), or use "
             "parallel=fsdp"
         )
+    for name, route in routing.configs.items():
+        if route.idle.value == "coast":
+            raise UsageError(
+                f"optim.{name}.idle=coast with parallel=deepspeed: ZeRO steps one parameter at a "
+                "time, so those that wait would coast at every call; set idle=skip, or use "
+                "parallel=fsdp"
+            )
+    if config.logger.geometry_every:
+        raise UsageError(
+            f"logger.geometry_every {config.logger.geometry_every} with parallel=deepspeed: ZeRO "
+            "steps one parameter at a time, and readings would be of the first alone; set it to "
+            "0, or use parallel=fsdp"
+        )
     if config.optim.nonfinite.value == "skip":
         raise UsageError(
             "optim.nonfinite=skip with parallel=deepspeed: ZeRO steps one parameter at a time, so "

@@ -44,6 +44,7 @@ from geon.optim import (
     route,
     table,
 )
+from geon.optim.groups import check_idle
 from geon.optim.router import check_partition
 from geon.optim.storage import lay
 
@@ -163,6 +164,7 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
     rules = {n: make_rule(c, config.polar, ladder, f"optim.{n}") for n, c in used.items()}
     for name, rule in rules.items():
         check_per_head(rule, used[name].per_head, f"optim.{name}")
+        check_idle(rule, used[name].idle.value, f"optim.{name}")
     return Routing(infos, assigned, rules, used)
 
 

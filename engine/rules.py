@@ -97,7 +97,8 @@ def _with_options(
     """Call with options from the config, and name those that it takes where one is wrong."""
     if not isinstance(options, dict):
         raise ValueError(f"{kind} {name}: options must be a mapping, got {options!r}")
-    taken = [p for p in signature(make).parameters if p not in own]
+    bound = {*own, *getattr(make, "keywords", {})}  # of a partial: what its name promises
+    taken = [p for p in signature(make).parameters if p not in bound]
     if unknown := set(options) - set(taken):
         raise ValueError(
             f"{kind} {name} takes {', '.join(taken) or 'no options'}, not {', '.join(unknown)}"

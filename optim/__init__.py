@@ -6,10 +6,11 @@ from geon.optim.entries import EntryRule
 from geon.optim.finishes import FINISHES, Finish
 from geon.optim.groups import Group, on_manifold, project_
 from geon.optim.hybrid import HybridOptimizer, Placement
+from geon.optim.linalg import Precision
 from geon.optim.manifolds import MANIFOLDS, Euclidean, Manifold, Stiefel
 from geon.optim.matrices import block_scale, check_per_head, matrices_of, plan_of
 from geon.optim.norms import NORMS, Norm, Sign, Spectral
-from geon.optim.polar import Polar, Precision, polar, polar_svd
+from geon.optim.polar import Polar, polar, polar_svd
 from geon.optim.roles import Block, ParamInfo, Role
 from geon.optim.router import Route, classify, route, table
 from geon.optim.rule import Rule

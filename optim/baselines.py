@@ -147,8 +147,8 @@ class Baseline(EntryRule):
         (inner,) = optimizer.param_groups
         # Some count their steps there; so copies and state dicts hold all that there is.
         inner |= {**group.get("numbers", {}), "lr": group["lr"], "params": members}
-        for param, state in zip(params, states, strict=True):
-            optimizer.state[param] = state
+        for param, grad, state in zip(params, grads, states, strict=True):
+            param.grad, optimizer.state[param] = grad, state
         given, self.curvature = self.curvature, None
         step: Any = optimizer.step
         step(**({"hessian": [given[param] for param in members]} if given is not None else {}))

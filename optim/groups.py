@@ -1,6 +1,5 @@
 """Param groups: parameters with their rule, held against what was declared of them."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from geon.optim.norms import Spectral
 from geon.optim.roles import ParamInfo, Role
 from geon.optim.rule import Rule
 from geon.optim.shard import Layout, Ranks
+from geon.optim.step import check_lr
 from geon.optim.storage import lay, whole
 
 FAR = 0.1
@@ -54,10 +54,7 @@ class Group:
                 "another EntryRule"
             )
         check_lr(self.lr, where)
-        if self.idle not in IDLE:
-            raise UsageError(f"{where}: idle '{self.idle}' is not one of {', '.join(IDLE)}")
-        if self.idle != "skip" and not isinstance(self.rule, Rule):
-            raise UsageError(f"{where}: idle='{self.idle}' has no effect under {self.rule.name}")
+        check_idle(self.rule, self.idle, where)
         check_per_head(self.rule, self.per_head, where)
 
     def describe(self) -> str:
@@ -99,16 +96,16 @@ def cycled(rules: Iterable[Rule | EntryRule]) -> dict[str, Any]:
     return {"momentum": 0.95} if len(entries) < len(found) else entries[0]
 
 
-def check_lr(lr: Any, where: str) -> float:
-    """Return a learning rate as a float.
+def check_idle(rule: Rule | EntryRule, idle: str, where: str) -> None:
+    """Refuse a word for idle parameters that is unknown, or without effect under a rule.
 
     Raises:
-        UsageError: not finite, or negative.
+        UsageError: names the place.
     """
-    value = float(lr)
-    if not 0.0 <= value < math.inf:
-        raise UsageError(f"{where}: lr {value} must be finite and 0 or more")
-    return value
+    if idle not in IDLE:
+        raise UsageError(f"{where}: idle '{idle}' is not one of {', '.join(IDLE)}")
+    if idle != "skip" and not isinstance(rule, Rule):
+        raise UsageError(f"{where}: idle='{idle}' has no effect under {rule.name}")
 
 
 def check_groups(
@@ -149,6 +146,12 @@ def check_groups(
                 raise UsageError(
                     f"parameter '{info.name}' is declared with shape {tuple(info.shape)} but has "
                     f"{tuple(param.shape)}: declare the model again after it is changed"
+                )
+            cut = not shapes or any(not p.is_replicate() for p in getattr(param, "placements", ()))
+            if cut and isinstance(group.rule, EntryRule) and not group.rule.cuts:
+                raise UsageError(
+                    f"group '{group.name}': {group.rule.name} needs whole parameters, and "
+                    f"'{info.name}' is cut over ranks: step it by AdamW, or use DDP"
                 )
             if param.dtype == torch.float64 and isinstance(group.rule, Rule):
                 raise UsageError(

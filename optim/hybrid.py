@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,14 +18,36 @@ from geon.optim.roles import ParamInfo
 from geon.optim.rule import Rule
 from geon.optim.shard import Exchange, Layout, Plan, Ranks, Sharding, holding
 from geon.optim.state import Here, Member, carried, load_group, loaded, new_state
-from geon.optim.step import Active, Step, admitted, check_policies, clip, rule_now, signature
+from geon.optim.step import (
+    Active,
+    Step,
+    Verdict,
+    check_begun,
+    check_policies,
+    clip,
+    rule_now,
+    signature,
+    verdict,
+)
 from geon.optim.storage import bytes_of, check_contiguous, whole
 
-_KEPT = (
-    *("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings"),
-    *("_infos", "_per_head", "_momentum", "_sharding", "_joining", "_begun"),
+_KEPT = tuple(
+    [
+        "rules",
+        "max_norm",
+        "nonfinite",
+        "skipped",
+        "entry_norm",
+        "readings",
+        "_infos",
+        "_per_head",
+        "_momentum",
+        "_sharding",
+        "_joining",
+        "_begun",
+    ]
 )
-"""Attributes that copies of an optimizer take along besides torch's own."""
+"""What copies take along besides torch's own."""
 
 
 class Placement(NamedTuple):
@@ -86,7 +107,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     ) -> None:
         groups = list(groups) if isinstance(groups, Iterable) else [groups]
         check_groups(groups, shapes=placement is None)
-        check_policies(nonfinite, max_norm)
+        check_policies(nonfinite, max_norm, mesh is not None and placement is not None)
         self.rules: dict[str, Rule | EntryRule] = {}
         self.max_norm, self.nonfinite, self.skipped = max_norm, nonfinite, 0
         self.entry_norm: Tensor | None = None
@@ -200,7 +221,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     @property
     def layouts(self) -> Mapping[str, Layout]:
         """Layout of each parameter over the ranks that step together, by name."""
-        return self._layouts if self.exchange else {}
+        assert self.exchange  # planned by now
+        return self._layouts
 
     def _plan(self) -> None:
         """Plan for the parameters as they lie, and make the state of those that are trained."""
@@ -315,9 +337,10 @@ class HybridOptimizer(torch.optim.Optimizer):
         for one in everyone:
             one.collect()
         active = [one for one in everyone if one.names or one.coasting]
-        self._check_begun(bool(active))
-        if not admitted(active, self.nonfinite, self.ranks):
-            self.skipped += any(float(one.group["lr"]) for one in active)
+        self._begun |= bool(active)
+        check_begun(self._begun)
+        if (go := verdict(active, self.nonfinite, self.ranks)) is not Verdict.GO:
+            self.skipped += go is Verdict.SKIP
             return loss
         step = Step(self.ranks.rank, self._sharding.reproducible, self.readings)
         for one in everyone:
@@ -329,16 +352,6 @@ class HybridOptimizer(torch.optim.Optimizer):
         if self.readings.wanted:
             self.readings.close()
         return loss
-
-    def _check_begun(self, moves: bool) -> None:
-        """Refuse a first step without any gradient among several ranks."""
-        if not (moves or self._begun) and dist.is_available() and dist.is_initialized():
-            raise UsageError(
-                "no parameter of the optimizer has a gradient in its first step: fully_shard, "
-                "parallelize_module and their like replace a model's parameters; make the "
-                "optimizer after them, or put the new parameters into its param_groups"
-            )
-        self._begun |= moves
 
     def _step_entries(self, active: Sequence[Active]) -> None:
         """Clip and step the parameters that are not stepped as matrices."""

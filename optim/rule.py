@@ -110,6 +110,8 @@ class Rule:
     def _check(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise UsageError(f"momentum {self.momentum} is the fraction kept: it must be in [0, 1)")
+        if not 0.0 < self.radius < float("inf"):
+            raise UsageError(f"radius {self.radius} must be finite and above 0")
         if not 0.0 <= self.decay < float("inf"):
             raise UsageError(f"weight_decay {self.decay} must be 0 or more")
         if self.decay and self.manifold.removes_decay:
@@ -203,7 +205,7 @@ class Rule:
         return RowForm(self.norm)
 
     def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of a direction and, on Stiefel, of one step of the retraction."""
+        """FLOPs of a direction and of one retraction, for a matrix of this shape."""
         return self.solver.flops(shape) + self.manifold.flops(shape)
 
     # The step.

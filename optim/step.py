@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -25,7 +26,33 @@ NONFINITE = ("raise", "skip", "ignore")
 """What a gradient with nan or infinity does; see `HybridOptimizer`."""
 
 
-def check_policies(nonfinite: str, max_norm: float) -> None:
+def check_lr(lr: Any, where: str) -> float:
+    """Return a learning rate as a float.
+
+    Raises:
+        UsageError: not finite, or negative.
+    """
+    value = float(lr)
+    if not 0.0 <= value < math.inf:
+        raise UsageError(f"{where}: lr {value} must be finite and 0 or more")
+    return value
+
+
+def check_begun(begun: bool) -> None:
+    """Refuse a first step without any gradient among several ranks.
+
+    Raises:
+        UsageError: says what replaces parameters.
+    """
+    if not begun and dist.is_available() and dist.is_initialized():
+        raise UsageError(
+            "no parameter of the optimizer has a gradient in its first step: fully_shard, "
+            "parallelize_module and their like replace a model's parameters; make the optimizer "
+            "after them, or put the new parameters into its param_groups"
+        )
+
+
+def check_policies(nonfinite: str, max_norm: float, placed_twice: bool) -> None:
     """Refuse words and numbers that a step could not follow.
 
     Raises:
@@ -35,6 +62,8 @@ def check_policies(nonfinite: str, max_norm: float) -> None:
         raise UsageError(f"nonfinite '{nonfinite}' is not one of {', '.join(NONFINITE)}")
     if not 0.0 <= max_norm < math.inf:
         raise UsageError(f"max_norm {max_norm} must be finite and 0 or more")
+    if placed_twice:
+        raise UsageError("mesh and placement both say which ranks step together: give one of them")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -66,6 +95,14 @@ def signature(param: Any) -> tuple[Any, ...]:
     if hasattr(param, "placements"):
         return (*place, param.placements, param.device_mesh)
     return place
+
+
+class Verdict(Enum):
+    """Whether a step is taken: yes, no as there is nothing to do, or no as it is not finite."""
+
+    GO = "go"
+    STILL = "still"
+    SKIP = "skip"
 
 
 @dataclass
@@ -107,9 +144,8 @@ def rule_now(
     Raises:
         UsageError: names the group and the number that is out of range.
     """
-    name, lr = group["name"], float(group["lr"])
-    if not 0.0 <= lr < math.inf:
-        raise UsageError(f"group '{name}': lr {lr} must be finite and 0 or more")
+    name = group["name"]
+    check_lr(group["lr"], f"group '{name}'")
     try:
         if not isinstance(rule, Rule):
             if "momentum" in group and "betas" in group:  # a scheduler cycles it
@@ -125,7 +161,7 @@ def rule_now(
         raise UsageError(f"group '{name}': {error}") from None
 
 
-def admitted(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> bool:
+def verdict(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> Verdict:
     """Whether a step is to be taken: all ranks agree. Waits for the device, and sends one number.
 
     Not where every rate and gradient is zero: so state is made by torch.distributed.checkpoint.
@@ -137,7 +173,7 @@ def admitted(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> bool:
     """
     still = all(float(one.group["lr"]) == 0.0 for one in active)
     if nonfinite == "ignore" and not still:
-        return True
+        return Verdict.GO
     named = [
         (name, grad)
         for one in active
@@ -151,9 +187,9 @@ def admitted(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> bool:
     if ranks.group is not None:
         largest = _reduced(torch.tensor(largest, device=ranks.device), "MAX", ranks).item()
     if math.isfinite(largest) or nonfinite == "ignore":
-        return not (still and largest == 0.0)
+        return Verdict.STILL if still and largest == 0.0 else Verdict.GO
     if nonfinite == "skip":
-        return False
+        return Verdict.SKIP
     where = f"of '{bad[0]}' and {len(bad) - 1} more" if bad else "on another rank"
     raise FloatingPointError(
         f"a gradient {where} is not finite: nothing was stepped, weights and state are as they "

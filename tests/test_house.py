@@ -108,7 +108,7 @@ ARROWS = {
     "optim.state": "optim.entries optim.roles optim.rule optim.step optim.storage",
     "optim.matrices": "optim.entries optim.roles optim.rule optim.shard",
     "optim.groups": "optim.entries optim.matrices optim.norms optim.roles optim.rule optim.shard"
-    " optim.storage",
+    " optim.step optim.storage",
     "optim.hybrid": "optim.entries optim.groups optim.linalg optim.matrices optim.readings"
     " optim.roles optim.rule optim.shard optim.state optim.step optim.storage",
     "optim": PARTS,

@@ -1,6 +1,5 @@
 """Polar factors: the orthogonal part U V^T of G = U S V^T."""
 
-from geon.optim.linalg import Precision, ieee_products
 from geon.optim.polar.coefficients import CUBIC, KELLER, POLAR_EXPRESS, TABLES, Coefficients
 from geon.optim.polar.exact import polar_svd
 from geon.optim.polar.gram import inverse_sqrt
@@ -15,9 +14,7 @@ __all__ = [
     "TABLES",
     "Coefficients",
     "Polar",
-    "Precision",
     "bounds",
-    "ieee_products",
     "inverse_sqrt",
     "minimax",
     "polar",

@@ -10,8 +10,7 @@ from functools import cache
 import torch
 
 from geon.optim import Polar, Spectral, Stiefel, polar_svd
-from geon.optim.linalg import orient
-from geon.optim.polar import Precision
+from geon.optim.linalg import Precision, orient
 from geon.optim.solvers import Ladder, steepest
 from geon.optim.solvers.exact import certified_optimum
 

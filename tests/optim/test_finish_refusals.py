@@ -112,3 +112,10 @@ def test_flat_manifolds_take_every_finish(name, manifold):
     rule = Rule(Spectral(), manifold, decay=DECAY, finishes=(CASES[name],))
     assert rule.finishes == (CASES[name],)
     assert Rule(Spectral(), Stiefel(), finishes=(UpdateFloor(),)).finishes == (UpdateFloor(),)
+
+
+@pytest.mark.parametrize("radius", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_radius_must_be_a_length(radius):
+    """A negative one would ascend."""
+    with pytest.raises(UsageError, match="radius .* must be finite and above 0"):
+        Rule(Spectral(), radius=radius)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from geon.optim import Polar, Rule, Spectral, polar_svd
-from geon.optim.linalg import orient
-from geon.optim.polar import Precision
+from geon.optim.linalg import Precision, orient
 from geon.optim.solvers import lgm
 from geon.optim.solvers.stiefel_spectral import one_shot
 from tests.optim.problems import (

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from geon.errors import UsageError
 from geon.optim import Polar, Rule, Spectral, Stiefel, polar_svd
-from geon.optim.linalg import orient
+from geon.optim.linalg import Precision, orient
 from geon.optim.norms import Sign
-from geon.optim.polar import Precision
 from geon.optim.solvers import Ladder, steepest
 from geon.optim.solvers.exact import certified_optimum
 

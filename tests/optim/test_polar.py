@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from geon.optim.linalg import Precision
 from geon.optim.polar import (
     CUBIC,
     TABLES,
     Polar,
-    Precision,
     bounds,
     inverse_sqrt,
     minimax,

@@ -7,15 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from geon.optim.linalg import orient, orient_like, product, unit_frobenius
-from geon.optim.polar import (
-    CUBIC,
-    POLAR_EXPRESS,
-    Precision,
-    bounds,
-    inverse_sqrt,
-    polar_svd,
-)
+from geon.optim.linalg import Precision, orient, orient_like, product, unit_frobenius
+from geon.optim.polar import CUBIC, POLAR_EXPRESS, bounds, inverse_sqrt, polar_svd
 
 FP32_LIKE = [None, Precision.FP32, Precision.BF16X3]
 

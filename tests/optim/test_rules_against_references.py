@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from geon.optim import AdamW, Group, HybridOptimizer, ParamInfo, Polar, Role, Rule, Spectral
+from geon.optim.linalg import Precision
 from geon.optim.norms import ColNorm, RowNorm, Sign
-from geon.optim.polar import Precision
 
 
 def gauss(shape, seed=0):

@@ -218,6 +218,12 @@ def sends(job: Job, rank: int) -> bool:
     )
 
 
+def senders(job: Job, inbox: Letters) -> tuple[int, ...]:
+    """Ranks whose part of a job is in its owner's inbox, in ascending order."""
+    ranks = {job.owner, *(message.sender for message in job.down)}
+    return tuple(rank for rank in sorted(ranks) if (job, rank) in inbox)
+
+
 def batches(
     jobs: Iterable[Job], alone: bool, also: Callable[[Job], Hashable] = lambda _: None
 ) -> list[list[Job]]:

@@ -12,6 +12,7 @@ from geon.optim.shard.transports.base import (
     Transport,
     Work,
     batches,
+    senders,
     sends,
     to_owner,
 )
@@ -75,12 +76,12 @@ class Gram(Transport):
         """Return the coefficients; sums are added in the order of ranks."""
         outbox: Letters = {}
         mine = (job for job in jobs if job.owner == work.rank)
-        for batch in batches(mine, work.alone, lambda job: _senders(job, inbox)):
+        for batch in batches(mine, work.alone, lambda job: senders(job, inbox)):
             matrix = batch[0].matrix
             stacked = torch.stack(
                 [
                     torch.stack([inbox[job, rank][0] for job in batch])
-                    for rank in _senders(batch[0], inbox)
+                    for rank in senders(batch[0], inbox)
                 ]
             )
             words, fell_back = work.gram_form(matrix).combine(
@@ -108,12 +109,6 @@ class Gram(Transport):
             wide = matrix.shape[0] < matrix.shape[1]
             pairs = zip(batch, (found.mT if wide else found).unbind(), strict=True)
             work.write((job.matrix, _own(job, work), result) for job, result in pairs)
-
-
-def _senders(job: Job, inbox: Letters) -> tuple[int, ...]:
-    """Ranks whose sums of a job are in the inbox, in order."""
-    ranks = {job.owner, *(message.sender for message in job.down)}
-    return tuple(rank for rank in sorted(ranks) if (job, rank) in inbox)
 
 
 def _own(job: Job, work: Work):  # type: ignore[no-untyped-def]

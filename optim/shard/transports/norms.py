@@ -12,6 +12,7 @@ from geon.optim.shard.transports.base import (
     Offer,
     Transport,
     Work,
+    senders,
     sends,
     to_owner,
 )
@@ -73,12 +74,12 @@ class Norms(Transport):
         for job in jobs:
             if job.owner != work.rank:
                 continue
-            matrix, senders = job.matrix, sorted(rank for one, rank in inbox if one is job)
-            if not senders:
+            matrix, there = job.matrix, senders(job, inbox)
+            if not there:
                 continue
-            some = inbox[job, senders[0]][0]
-            spread = some.new_zeros(len(senders), matrix.shape[0], 2)
-            for i, rank in enumerate(senders):
+            some = inbox[job, there[0]][0]
+            spread = some.new_zeros(len(there), matrix.shape[0], 2)
+            for i, rank in enumerate(there):
                 at, words = 0, inbox[job, rank][0]
                 for start, stop in _shared(matrix, rank):
                     count = 2 * (stop - start)
