@@ -31,23 +31,11 @@ from geon.optim.step import (
 )
 from geon.optim.storage import bytes_of, check_contiguous, whole
 
-_KEPT = tuple(
-    [
-        "rules",
-        "max_norm",
-        "nonfinite",
-        "skipped",
-        "entry_norm",
-        "readings",
-        "_infos",
-        "_per_head",
-        "_momentum",
-        "_sharding",
-        "_joining",
-        "_begun",
-    ]
+_KEPT = (
+    *("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings"),
+    *("_infos", "_per_head", "_momentum", "_sharding", "_joining", "_begun"),
 )
-"""What copies take along besides torch's own."""
+"""Attributes that copies of an optimizer take along besides torch's own."""
 
 
 class Placement(NamedTuple):
@@ -311,8 +299,6 @@ class HybridOptimizer(torch.optim.Optimizer):
                 continue
             weight = whole(param, self.layouts[name], self.ranks.group)
             check_near(info, weight, rule, self._per_head[group["name"]])
-
-    # The step.
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
