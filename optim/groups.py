@@ -18,7 +18,7 @@ from geon.optim.step import check_lr
 from geon.optim.storage import lay, whole
 
 FAR = 0.1
-"""Largest residual of a weight that training may start from: directions are a fifth too long at
+"""Largest residual of a weight that training may start from: directions are a quarter too long at
 most there (tests/optim/test_lgm.py), and a few retractions bring it back to rounding."""
 IDLE = ("skip", "coast")
 

@@ -5,7 +5,7 @@ from statistics import median
 import pytest
 import torch
 
-from geon.optim import Polar, Rule, Spectral, polar_svd
+from geon.optim import Polar, Rule, Spectral, Stiefel, polar_svd
 from geon.optim.solvers import Ladder, lgm
 from tests.optim.problems import (
     BF16,
@@ -217,3 +217,20 @@ def test_no_gradient_no_step(shape, form, lr, refine):
     assert torch.equal(moved[0], weights[0])
     assert shape == (5, 1) or not torch.equal(moved[1], weights[1])
     assert torch.equal(rule.move(weights[0], alone, lr), weights[0])
+
+
+@pytest.mark.parametrize("defect", [1e-4, 1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("shape", [(12, 8), (64, 32), (128, 96)])
+def test_a_weight_off_the_manifold_gets_no_wild_direction(shape, defect):
+    """As in bf16, whose defect is 4e-3: C must not take U^T U for the identity."""
+    manifold = Stiefel()
+    rule = Rule(Spectral(), manifold)
+    for seed in range(10):
+        weight, noise = manifold.project(gauss(shape, seed)), gauss(shape, 100 + seed)
+        each = float(manifold.residual(weight + 1e-3 * noise)) / 1e-3
+        weight = weight + noise * (defect / each)
+        off = float(manifold.residual(weight))
+        assert 0.5 * defect <= off <= 1.5 * defect
+        for grad in (gauss(shape, 200 + seed), of_rank(3)(shape, seed) + 0.01 * noise):
+            direction = rule.solve(grad, weight).direction / rule.norm.factor(shape)
+            assert spectral_norm(direction) <= 1.001 + min(0.26, 60 * off)
