@@ -233,4 +233,4 @@ def test_a_weight_off_the_manifold_gets_no_wild_direction(shape, defect):
         assert 0.5 * defect <= off <= 1.5 * defect
         for grad in (gauss(shape, 200 + seed), of_rank(3)(shape, seed) + 0.01 * noise):
             direction = rule.solve(grad, weight).direction / rule.norm.factor(shape)
-            assert spectral_norm(direction) <= 1.001 + min(0.26, 60 * off)
+            assert spectral_norm(direction) <= 1.001 + min(0.3, 60 * off)
