@@ -67,7 +67,8 @@ class RuleConfig:
     norm: str = "spectral"
     manifold: str = "euclidean"
     manifold_options: dict[str, Any] = field(default_factory=dict)
-    """Parameters of the manifold besides its radius, e.g. {axis: columns} of oblique."""
+    """Parameters of the manifold besides its radius, e.g. of oblique:
+    '+optim.hidden.manifold_options={axis: columns}'."""
     momentum: float = 0.95
     """Fraction of the average kept."""
     nesterov: bool = False
@@ -78,8 +79,8 @@ class RuleConfig:
     """Give the rows of the direction one length: NorMuon without its state."""
     finishes: dict[str, Any] = field(default_factory=dict)
     """What is done to a direction, in this order, before the two above: names and options of
-    optim/finishes, e.g. {row_cap: {most: 2.0}, update_floor: {least: 0.35}, cautious_decay: {}}. A
-    null one is left out."""
+    optim/finishes: '+optim.hidden.finishes={row_cap: {most: 2.0}, cautious_decay: {}}'. A null one
+    is left out."""
     idle: Idle = Idle.skip
     spectral_scale: str = "rms"
     """Factor on the polar factor: rms sqrt(d_out/d_in), muon sqrt(max(1, d_out/d_in)), none."""
