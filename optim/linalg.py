@@ -132,7 +132,7 @@ def unit_max(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
     Makes squares safe: entries of 1e-30 or 1e30 would leave the fp32 range when squared.
     """
-    top = torch.linalg.vector_norm(x, torch.inf, dim, keepdim=True)
+    top = x.abs().amax(dim=dim, keepdim=True)  # the inf norm takes 15 times as long on a CPU
     return x / top.clamp_min(torch.finfo(x.dtype).tiny)
 
 

@@ -180,10 +180,16 @@ def verdict(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> Verdict:
         for name, grad in zip(one.names, one.grads, strict=True)
         if grad.numel()
     ]
-    tops = torch._foreach_norm([grad for _, grad in named], math.inf) if named else []
-    values = torch.stack([top.float() for top in tops]).tolist() if named else []
-    bad = [name for (name, _), v in zip(named, values, strict=True) if not math.isfinite(v)]
-    largest = math.inf if bad else max(values, default=0.0)
+    norms = torch._foreach_norm([grad for _, grad in named]) if named else []
+    values = torch.stack([norm.float() for norm in norms]).tolist() if named else []
+    pairs = list(zip(named, values, strict=True))
+    # A norm of finite entries may overflow, and one of tiny entries may be 0: look again there.
+    odd = [(name, grad) for (name, grad), norm in pairs if not math.isfinite(norm)]
+    bad = [name for name, grad in odd if not bool(grad.isfinite().all())]
+    largest = max((norm for norm in values if math.isfinite(norm)), default=float(bool(odd)))
+    if still and largest == 0.0:
+        largest = float(any(bool(grad.any()) for _, grad in named))
+    largest = math.inf if bad else largest
     if ranks.group is not None:
         largest = _reduced(torch.tensor(largest, device=ranks.device), "MAX", ranks).item()
     if math.isfinite(largest) or nonfinite == "ignore":

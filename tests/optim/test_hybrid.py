@@ -283,3 +283,17 @@ def test_training_reaches_the_bottom_of_a_quadratic():
         optimizer.set_lr(1 - step / 200)
         optimizer.step()
     assert loss.item() < 1e-3 * first
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_gradients_of_any_finite_size_are_taken(size):
+    """Whose squares leave the range of fp32, so that a norm is 0 or infinite."""
+    w = nn.Parameter(torch.zeros(6, 4))
+    group = Group("g", Rule(Spectral()), 0.0, [(ParamInfo("w", (6, 4), Role.HIDDEN), w)])
+    optimizer = HybridOptimizer([group])
+    w.grad = size * gauss((6, 4), 1)
+    optimizer.step()
+    assert optimizer.state[w]["momentum"].any()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert torch.linalg.matrix_norm(w, 2) > 0.05
