@@ -101,7 +101,7 @@ class Routing:
                 "shape": list(info.shape),
                 "role": str(info.role),
                 "splits": list(info.splits),
-                "matrices": len(self.blocks(info)),
+                "matrices": sum(form.count for b in self.blocks(info) for form in b.forms),
                 "route": self.assigned[info.name],
                 "rule": self.rule(info).describe(),
                 "lr": self.configs[self.assigned[info.name]].lr,
@@ -259,8 +259,13 @@ def _at_boundary(
     """Random weight: each block on the sphere of its rule's norm, at its scale."""
     drawn = torch.empty(info.matrix_shape)
     for block in blocks:
-        unit = rule.norm.init(block.shape, generator) * rule.radius
-        drawn[block.slices] = unit * block_scale(rule, block)
+        matrices = [
+            torch.stack([rule.norm.init(form.shape, generator) for _ in range(form.count)])
+            * rule.radius
+            * block_scale(rule, block)
+            for form in block.forms
+        ]
+        drawn[block.slices] = block.view.close(matrices, block.box)[0]
     return drawn.view(info.shape)
 
 

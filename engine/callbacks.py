@@ -221,7 +221,8 @@ class Spectrum(Callback):
             rule = run.routing.rule(info)
             for block in run.routing.blocks(info):
                 matrix = whole[block.slices].float()
-                one = (block.whole[0] / block.whole[1]) ** 0.5
+                rows, cols = block.whole or block.box
+                one = (rows / cols) ** 0.5
                 values.append(torch.linalg.svdvals(matrix).cpu() / one)
                 if isinstance(rule, Rule):
                     unit = matrix / block_scale(rule, block)

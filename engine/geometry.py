@@ -72,7 +72,7 @@ class RecordPairs(Callback):
 
 
 def _name(info: ParamInfo, block: Block) -> str:
-    if block.shape == info.matrix_shape:
+    if block.box == info.matrix_shape:
         return info.name
     return f"{info.name}[{block.rows[0]}:{block.rows[1]}, {block.cols[0]}:{block.cols[1]}]"
 

@@ -1,6 +1,6 @@
 """Param groups: parameters with their rule, held against what was declared of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from geon.errors import UsageError
 from geon.optim.entries import EntryRule
 from geon.optim.matrices import block_scale, check_per_head
 from geon.optim.norms import Spectral
-from geon.optim.roles import ParamInfo, Role
+from geon.optim.roles import Block, ParamInfo, Role
 from geon.optim.rule import Rule
 from geon.optim.shard import Layout, Ranks
 from geon.optim.step import check_lr
@@ -187,9 +187,8 @@ def check_near(info: ParamInfo, weight: Tensor, rule: Rule, per_head: bool) -> N
     Raises:
         UsageError: names the parameter, how far it is, and what mends it.
     """
-    given = weight.reshape(info.matrix_shape).float()
-    for block in info.blocks(per_head) if weight.numel() else ():
-        off = float(rule.manifold.distance(given[block.slices] / block_scale(rule, block)))
+    for _, unit in _units(info, weight, rule, per_head):
+        off = max(float(rule.manifold.distance(one)) for one in unit.float())
         if not off <= FAR:
             raise UsageError(
                 f"parameter '{info.name}' is not on {type(rule.manifold).__name__}: its residual "
@@ -208,15 +207,27 @@ def on_manifold(info: ParamInfo, weight: Tensor, rule: Rule | EntryRule, per_hea
     """
     if not isinstance(rule, Rule) or not rule.manifold.constrains or not weight.numel():
         return weight
-    given = weight.reshape(info.matrix_shape)
-    projected = torch.empty_like(given)
+    found: dict[Block, list[Tensor]] = {}
     try:
-        for block in info.blocks(per_head):
-            scale = block_scale(rule, block)
-            projected[block.slices] = rule.manifold.project(given[block.slices] / scale) * scale
+        for block, unit in _units(info, weight, rule, per_head):
+            near = torch.stack([rule.manifold.project(one) for one in unit])
+            found.setdefault(block, []).append(near * block_scale(rule, block))
     except ValueError as error:
         raise UsageError(f"parameter '{info.name}': {error}") from None
+    projected = torch.empty(info.matrix_shape, dtype=weight.dtype, device=weight.device)
+    for block, matrices in found.items():
+        projected[block.slices] = block.view.close(matrices, block.box)[0]
     return projected.view(info.shape)
+
+
+def _units(
+    info: ParamInfo, weight: Tensor, rule: Rule, per_head: bool
+) -> Iterator[tuple[Block, Tensor]]:
+    """Yield the matrices of each block of a whole weight, (count, d_out, d_in), at scale 1."""
+    given = weight.reshape(info.matrix_shape)
+    for block in info.blocks(per_head) if weight.numel() else ():
+        for matrices in block.view.open(given[block.slices][None]):
+            yield block, matrices / block_scale(rule, block)
 
 
 @torch.no_grad()

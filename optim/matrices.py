@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
+from geon.optim.norms import Reach
 from geon.optim.roles import Block, ParamInfo
 from geon.optim.rule import Rule
 from geon.optim.shard import Layout, Matrix, Plan, Region, Sharding, Sums, make_plan
@@ -28,15 +29,17 @@ def block_scale(rule: Rule, block: Block) -> float:
     """Size of a block over the size that its rule gives to a matrix of its shape.
 
     A head's block keeps the size it has in the whole matrix, so that a whole orthogonal matrix is
-    also a point whose heads are each on the Stiefel manifold. 1 for what is not a head's block.
+    also a point whose heads are each on the Stiefel manifold. Positions of a kernel share the size
+    of a matrix. Otherwise 1.
 
     Raises:
         UsageError: the manifold has no point of this shape.
     """
-    if block.shape == block.whole:
-        return 1.0
+    if block.whole is None:
+        return block.view.scale(block.box)
+    own_shape = block.forms[0].shape
     try:
-        whole, own = (_typical_singular_value(rule, s) for s in (block.whole, block.shape))
+        whole, own = (_typical_singular_value(rule, s) for s in (block.whole, own_shape))
     except ValueError as error:
         raise UsageError(f"per_head: {error}") from None
     return whole / own
@@ -69,18 +72,20 @@ def matrices_of(
                 box=Region(block.rows, block.cols),
                 layout=layout,
                 route=route,
-                reach=rule.reach,
+                reach=rule.reach if block.view.plain else Reach.MATRIX,
                 operands=2 if rule.needs_weight else 1,
                 wire_bytes=wire_bytes,
-                flops=rule.flops(block.shape),
+                flops=sum(form.count * rule.flops(form.shape) for form in block.forms),
                 half=rule.half_on(device),
                 orthogonalizes=rule.orthogonalizes,
                 scale=block_scale(rule, block),
-                sums=sums_of(rule, block.shape),
+                sums=sums_of(rule, block.box) if block.view.plain else None,
                 row_states=len(rule.row_states),
+                view=block.view,
+                states=block.states,
             )
             for block in info.blocks(per_head)
-            if block.shape[0] * block.shape[1]
+            if block.box[0] * block.box[1]
         ]
     except ValueError as error:
         raise UsageError(f"parameter '{info.name}': {error}") from None

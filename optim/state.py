@@ -31,7 +31,8 @@ def new_state(
 ) -> dict[str, Any]:
     """State of a parameter before its first step; a DTensor's momentum is a DTensor.
 
-    Row states are whole on every rank, (d_out,), or (heads, d_out) where heads own columns.
+    Row states are whole on every rank, (rows,) of all matrices, or (heads, d_out) where heads own
+    columns.
 
     momentum: dtype that the momenta of steepest rules rest in.
     """
@@ -39,9 +40,11 @@ def new_state(
         return rule.new_state(param)
     like = torch.zeros_like(param, dtype=momentum, requires_grad=False)
     state: dict[str, Any] = {"momentum": like}
-    across, rows = per_head and info.heads and info.head_axis == 1, info.matrix_shape[0]
+    blocks = info.blocks(per_head) if rule.row_states else ()
+    rows = blocks[-1].states[1] if blocks else 0
+    across = per_head and info.head_axis == 1 and info.heads and not info.splits
     for key in rule.row_states:
-        shape = (info.heads, rows) if across else (rows,)
+        shape = (len(blocks), rows // len(blocks)) if across else (rows,)
         state[key] = torch.zeros(shape, dtype=WORK, device=param.device)
     return state
 

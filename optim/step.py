@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from geon.optim.entries import EntryRule
 from geon.optim.readings import Readings
 from geon.optim.rule import Rule
 from geon.optim.shard import Job, Matrix, Piece, Ranks
+from geon.optim.views import Form
 
 WORK = torch.float32
 """Averages are taken, and weights gathered, in fp32 whatever dtype they rest in: bf16 cannot hold a
@@ -311,11 +313,7 @@ class Step:
 
     def row_states(self, matrix: Matrix) -> list[Tensor]:
         """The finishes' numbers for the rows of a matrix, views."""
-        found = []
-        for state in self._rows.get(matrix.param, ()):
-            own = state[matrix.box.cols[0] // matrix.shape[1]] if state.dim() == 2 else state
-            found.append(own[slice(*matrix.box.rows)])
-        return found
+        return [state.view(-1)[slice(*matrix.states)] for state in self._rows.get(matrix.param, ())]
 
     def set_row_states(self, matrix: Matrix, states: Sequence[Tensor]) -> None:
         """Take row states that another rank has computed."""
@@ -326,23 +324,48 @@ class Step:
     def solve(self, jobs: Sequence[Job], operands: Sequence[Tensor]) -> Tensor:
         """Directions, or new weights, of a batch by its rule; row states are written."""
         matrix = jobs[0].matrix
-        rule, lr = self.rules[matrix.route], self.lrs[matrix.route]
-        update, weight = operands[0], operands[1] if len(operands) == 2 else None
         own = [self.row_states(job.matrix) for job in jobs] if matrix.row_states else []
         rows = [torch.stack(states) for states in zip(*own, strict=True)]
-        result, kept, solution = rule.step(update, weight, lr, matrix.shape, matrix.scale, rows)
+        if matrix.view.plain:
+            result, kept = self._solve(jobs, Form(1, matrix.shape), operands, rows)
+        else:
+            opened = zip(*(matrix.view.open(operand) for operand in operands), strict=True)
+            cuts = [form.count * form.shape[0] for form in matrix.forms]
+            cut = zip(*(state.split(cuts, dim=1) for state in rows), strict=True)
+            parts = [
+                self._solve(jobs, form, whole, [s.reshape(-1, form.shape[0]) for s in states])
+                for form, whole, states in zip(
+                    matrix.forms, opened, cut if rows else repeat(()), strict=False
+                )
+            ]
+            result = matrix.view.close([part for part, _ in parts], matrix.shape)
+            kept = tuple(
+                torch.cat([state.reshape(len(jobs), -1) for state in states], dim=1)
+                for states in zip(*(states for _, states in parts), strict=True)
+            )
         for k, new in enumerate(kept):
             pairs = zip(jobs, own, new.unbind(), strict=True)
             taken = [(states[k], one) for job, states, one in pairs if self.moves(job.matrix)]
             if taken:
                 torch._foreach_copy_([old for old, _ in taken], [one for _, one in taken])
+        return result
+
+    def _solve(
+        self, jobs: Sequence[Job], form: Form, operands: Sequence[Tensor], rows: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Results and row states of matrices of one form: (batch count, d_out, d_in)."""
+        matrix = jobs[0].matrix
+        rule, lr = self.rules[matrix.route], self.lrs[matrix.route]
+        update, weight = operands[0], operands[1] if len(operands) == 2 else None
+        result, kept, solution = rule.step(update, weight, lr, form.shape, matrix.scale, rows)
         if weight is not None and (self._readings.wanted or solution.fell_back is not None):
             # Where several ranks compute the same, its owner takes note of it.
-            which = [i for i, job in enumerate(jobs) if job.owner == self.rank]
+            owned = [i for i, job in enumerate(jobs) if job.owner == self.rank]
+            which = [i * form.count + k for i in owned for k in range(form.count)]
             unit = weight if matrix.scale == 1.0 else weight / matrix.scale
             if which:
                 self._readings.take(rule, update, unit, solution, which)
-        return result
+        return result, kept
 
     def write(self, results: Iterable[tuple[Matrix, Piece, Tensor]]) -> None:
         """Move weights by pieces of directions, or replace them; alike ones at once."""
@@ -350,7 +373,7 @@ class Step:
         for matrix, piece, result in results:
             if self.moves(matrix) and self.lrs[matrix.route] != 0.0:
                 stored = self.weights[matrix.param]
-                key = matrix.route, matrix.shape, stored.dtype
+                key = matrix.route, matrix.forms[0].shape, stored.dtype
                 alike[key].append((view(stored, piece), result))
         for (route, shape, _), pairs in alike.items():
             weights, found = zip(*pairs, strict=True)

@@ -95,7 +95,7 @@ class Grid(Layout):
 
     Attributes:
         tensor: shape of the stored parameter: a scalar or vector (seen as one row), a matrix, or a
-            batch of matrices (seen as one below the other).
+            batch of matrices (seen as one below the other); kernels, (d_out, d_in, positions).
         mesh: sizes of the mesh dimensions.
         cuts: (mesh dimension, axis of the tensor), in the order in which they were made: tensor
             parallelism first, then FSDP, whatever their order in the mesh (`_StridedShard`).

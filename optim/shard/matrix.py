@@ -1,11 +1,13 @@
 """A matrix to step: what its rule needs of it, and who stores what. No torch in here."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from geon.optim.norms import Reach
-from geon.optim.shard.layout import Holding, Layout, Region, holding
+from geon.optim.shard.layout import Holding, Interval, Layout, Region, holding
+from geon.optim.views import Form, View
 
 FP32 = 4
 """Bytes of a weight, a sum or a coefficient on the wire; updates and directions may be 2."""
@@ -48,6 +50,8 @@ class Matrix:
             for a head's block only.
         sums: the form that needs sums alone, if the rule has one.
         row_states: numbers a row that the rule keeps, which every rank gets with the result.
+        view: how matrices lie in the box, where it is not one itself: a rule then steps several.
+        states: interval of the parameter's row states.
     """
 
     param: str
@@ -63,6 +67,8 @@ class Matrix:
     scale: float = 1.0
     sums: Sums | None = None
     row_states: int = 0
+    view: View = View()
+    states: Interval = (0, 0)
 
     @property
     def name(self) -> str:
@@ -77,8 +83,28 @@ class Matrix:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Shape of the whole matrix."""
+        """Shape of the whole matrix, as it is stored."""
         return self.box.shape
+
+    @cached_property
+    def forms(self) -> tuple[Form, ...]:
+        """How many matrices of which shape a rule steps: one of `shape`, if the view is plain."""
+        return self.view.forms(self.shape)
+
+    @property
+    def count(self) -> int:
+        """Number of matrices that a rule steps."""
+        return sum(form.count for form in self.forms)
+
+    @property
+    def state_rows(self) -> int:
+        """Length of each of its row states."""
+        return self.states[1] - self.states[0]
+
+    @property
+    def kind(self) -> Hashable:
+        """Key that matrices have in common whose steps may be taken together."""
+        return self.route, self.shape, self.view, self.scale
 
     @cached_property
     def holding(self) -> Holding:

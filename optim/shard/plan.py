@@ -147,7 +147,7 @@ class Plan:
     @property
     def orthogonalized(self) -> int:
         """Matrices whose polar factor is taken in a step."""
-        return sum(m.orthogonalizes for m in self.matrices)
+        return sum(m.count for m in self.matrices if m.orthogonalizes)
 
     @cached_property
     def bytes_sent(self) -> list[int]:
@@ -222,6 +222,7 @@ class Plan:
                 "bytes_sent": job.bytes_sent,
                 "flops": job.total_flops,
                 "scale": job.matrix.scale,
+                "view": job.matrix.view.describe(),
             }
             for index, bucket in enumerate(self.buckets)
             for job in bucket.jobs

@@ -51,7 +51,7 @@ def make_plan(matrices: Sequence[Matrix], sharding: Sharding | None = None) -> P
 def _kind(matrix: Matrix, sharding: Sharding) -> Hashable:
     """Key that matrices have in common that take the same transport."""
     offers = tuple(t.offer(matrix, sharding.reproducible) for t in TRANSPORTS.values())
-    return matrix.layout, matrix.shape, matrix.route, offers
+    return matrix.layout, matrix.kind, offers
 
 
 def _choose(

@@ -78,17 +78,17 @@ class Ranks:
         """
         from torch.distributed.tensor import DTensor
 
-        if param.dim() > 3:
-            raise UsageError(
-                f"parameter '{name}' of shape {tuple(param.shape)}: weights are matrices "
-                "(d_out, d_in) or batches of them (batch, d_out, d_in)"
-            )
-        shape = tuple(param.shape)
+        shape = (*param.shape[:2], math.prod(param.shape[2:])) if param.dim() > 3 else param.shape
         if not isinstance(param, DTensor):
-            return Grid.whole(shape, self.size)
+            return Grid.whole(tuple(shape), self.size)
         sizes, dims = self._dims(name, param.device_mesh)
         cuts = _cuts(name, param)
-        return Grid(shape, sizes, tuple((dims[dim], axis) for dim, axis in cuts))
+        if param.dim() > 3 and any(axis > 1 for _, axis in cuts):
+            raise UsageError(
+                f"parameter '{name}' of shape {tuple(param.shape)} is cut as {param.placements}: "
+                "weights of four dimensions and more may be cut along the first two"
+            )
+        return Grid(tuple(shape), sizes, tuple((dims[dim], axis) for dim, axis in cuts))
 
     def _dims(self, name: str, mesh: DeviceMesh) -> tuple[tuple[int, ...], list[int]]:
         """Sizes of the mesh that the layout is told in, and the place of this mesh's dimensions."""

@@ -112,7 +112,7 @@ class Work(Protocol):
         """A piece (rows, cols) that this rank stores: 0 of the update, 1 of the weight, fp32."""
 
     def row_states(self, matrix: Matrix) -> Sequence[Tensor]:
-        """Row states of the matrix that the rule keeps, (d_out,) each."""
+        """Row states of the matrix that the rule keeps, a number for each row of each form."""
 
     def solve(self, jobs: Sequence[Job], operands: Sequence[Tensor]) -> Tensor:
         """Results (batch, rows, cols) for alike matrices, or pieces; row states are written."""
@@ -227,9 +227,8 @@ def senders(job: Job, inbox: Letters) -> tuple[int, ...]:
 def batches(
     jobs: Iterable[Job], alone: bool, also: Callable[[Job], Hashable] = lambda _: None
 ) -> list[list[Job]]:
-    """Jobs of one route, shape and scale together; with `alone`, each by itself."""
+    """Jobs of one kind together; with `alone`, each by itself."""
     found: dict[Hashable, list[Job]] = defaultdict(list)
     for job in jobs:
-        m = job.matrix
-        found[m.route, m.shape, m.scale, also(job), job if alone else None].append(job)
+        found[job.matrix.kind, also(job), job if alone else None].append(job)
     return list(found.values())

@@ -35,7 +35,7 @@ class Local(Transport):
                 continue
             for piece in matrix.holding.pieces[work.rank]:
                 shape = piece.region.shape
-                key = matrix.route, matrix.shape, matrix.scale, shape, job if work.alone else None
+                key = matrix.kind, shape, job if work.alone else None
                 alike[key].append((job, piece))
         for members in alike.values():
             operands = [

@@ -36,7 +36,7 @@ class Owner(Transport):
 
     def up(self, matrix: Matrix, owner: int) -> Iterable[Message]:
         """Messages of row states to every rank, of the result's pieces to those who store some."""
-        states = ((matrix.shape[0], FP32),) * matrix.row_states
+        states = ((matrix.state_rows, FP32),) * matrix.row_states
         for rank, count in enumerate(matrix.holding.words):
             if rank != owner and (count or states):
                 yield Message(owner, rank, (*states, (count, matrix.bytes_out)))
