@@ -2,17 +2,18 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from geon.configs import recipes
 from geon.configs.ranges import check_values
-from geon.configs.schema import ArmConfig, Config, ModelConfig, OverrideConfig
+from geon.configs.recipes import OverrideConfig, fill, with_overrides
+from geon.configs.schema import ArmConfig, Config, ModelConfig
 from geon.errors import UsageError, nearest
 
 ROOT = Path(__file__).resolve().parent
@@ -31,16 +32,9 @@ def groups(root: Path = ROOT) -> dict[str, list[str]]:
     return found
 
 
-def keys(schema: Any = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, inner nodes included."""
-    found = []
-    hints = get_type_hints(schema)
-    for f in fields(schema):
-        name, kind = f"{prefix}{f.name}", hints[f.name]
-        found.append(name)
-        if is_dataclass(kind):
-            found += keys(kind, f"{name}.")
-    return found
+def keys() -> list[str]:
+    """Every dotted key of a config, inner nodes included."""
+    return recipes.keys(Config)
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
@@ -102,14 +96,10 @@ def resolve(composed: DictConfig) -> Config:
         UsageError: names the key.
     """
     # As plain containers: a merge of typed nodes would let keys added by `+` through.
-    config = _merge(Config, OmegaConf.to_container(composed, resolve=False))
-    config.optim.overrides = {
-        name: _merge(OverrideConfig, override, prefix=f"optim.overrides.{name}.")
-        for name, override in config.optim.overrides.items()
-        if override is not None
-    }
+    config = fill(Config, OmegaConf.to_container(composed, resolve=False))
+    with_overrides(config.optim)
     config.sweep.arms = {
-        name: _merge(ArmConfig, arm, prefix=f"sweep.arms.{name}.")
+        name: fill(ArmConfig, arm, prefix=f"sweep.arms.{name}.")
         for name, arm in config.sweep.arms.items()
         if arm is not None
     }
@@ -139,15 +129,3 @@ def _count_heads(model: ModelConfig) -> None:
                 f"{model.head_dim}"
             )
         model.n_head = model.d_model // model.head_dim
-
-
-def _merge(schema: type[T], content: Any, prefix: str = "") -> T:
-    """Fill a schema with plain content and resolve it, naming the full key of what is wrong."""
-    try:
-        filled: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        key = f"{prefix}{error.full_key}" if error.full_key else prefix.rstrip(".")
-        hint = "" if _known(key) else nearest(key, [prefix + k for k in keys(schema)])
-        raise UsageError(f"config: {reason} (key: {key}).{hint}") from None
-    return filled

@@ -121,7 +121,7 @@ class Wire(Enum):
     bf16 = "bf16"
 
 
-Nonfinite = Enum("Nonfinite", {word: word for word in ("raise", "skip", "ignore")})
+Nonfinite = Enum("Nonfinite", {"raise": "raise", "skip": "skip", "ignore": "ignore"})
 """What a gradient with nan or infinity does (optim/hybrid.py): raise ends the run on every rank
 before anything is stepped, skip leaves out the step and counts it, ignore does not look, which
 spares a wait for the device a step."""

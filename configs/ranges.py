@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from geon.configs.schema import Config, RuleConfig
+from geon.configs.recipes import RuleConfig
+from geon.configs.schema import Config
 from geon.errors import UsageError
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")

@@ -9,20 +9,17 @@ from omegaconf import MISSING
 from geon.configs.choices import (
     Arch,
     Format,
-    Idle,
-    Init,
     Layouts,
     Mode,
-    MomentumDtype,
-    Nonfinite,
     Objective,
     Precision,
-    RuleKind,
     Shape,
     Source,
     TransportChoice,
     Wire,
 )
+from geon.configs.choices import RuleKind as RuleKind
+from geon.configs.recipes import OptimConfig
 
 
 @dataclass
@@ -51,120 +48,6 @@ class ModelConfig:
     """Width at which mup changes nothing: where the rate was tuned."""
     head_dim: int = 0
     """When set, n_head = d_model / head_dim, so that a sweep of widths keeps it."""
-
-
-@dataclass
-class RuleConfig:
-    """How one route is stepped; see optim/rule.py and optim/adamw.py."""
-
-    rule: RuleKind = RuleKind.steepest
-    lr: float = MISSING
-    """Peak learning rate. On a manifold: radians a step."""
-    lr_scale: float = 1.0
-    """Multiplies lr, so that rates which follow optim.lr keep a ratio to it."""
-    weight_decay: float = 0.0
-    """Decoupled, per unit of lr. 1 makes a steepest rule Scion's constrained form."""
-    norm: str = "spectral"
-    manifold: str = "euclidean"
-    manifold_options: dict[str, Any] = field(default_factory=dict)
-    """Parameters of the manifold besides its radius, e.g. of oblique:
-    '+optim.hidden.manifold_options={axis: columns}'."""
-    momentum: float = 0.95
-    """Fraction of the average kept."""
-    nesterov: bool = False
-    radius: float = 1.0
-    second_moment: float = 0.0
-    """NorMuon: fraction kept of the mean square of each row of the direction; 0 does nothing."""
-    even_rows: bool = False
-    """Give the rows of the direction one length: NorMuon without its state."""
-    finishes: dict[str, Any] = field(default_factory=dict)
-    """What is done to a direction, in this order, before the two above: names and options of
-    optim/finishes: '+optim.hidden.finishes={row_cap: {most: 2.0}, cautious_decay: {}}'. A null one
-    is left out."""
-    idle: Idle = Idle.skip
-    spectral_scale: str = "rms"
-    """Factor on the polar factor: rms sqrt(d_out/d_in), muon sqrt(max(1, d_out/d_in)), none."""
-    per_head: bool = False
-    """Step each attention head's block of q, k, v and the output projection as a matrix of its own,
-    at the scale of the whole matrix; parameters without heads are stepped whole."""
-    init: Init = Init.model
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW only."""
-    eps: float = 1e-8
-    """AdamW only."""
-    baseline: str = ""
-    """rule=baseline: a name in optim/baselines.py."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """rule=baseline: keyword arguments of that optimizer."""
-
-
-@dataclass
-class OverrideConfig(RuleConfig):
-    """A rule for the parameters whose names match a glob, tried before the roles."""
-
-    pattern: str = MISSING
-    optional: bool = False
-    """Whether the pattern may match nothing, for configs that serve several models. Such a route is
-    tried after the others."""
-
-
-@dataclass
-class PolarConfig:
-    """How polar factors are computed; see optim/polar."""
-
-    coefficients: str = "polar_express"
-    steps: int = 6
-    dtype: str = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU. Or fp32, bf16, bf16x3 (nearly fp32, on bf16 units)."""
-    accuracy: float = 0.0
-    """Above 0: the fewest steps that bring singular values within this of 1; steps is not read."""
-    lower: float = 1e-3
-    """With accuracy: smallest singular value to bring there, as a share of the Frobenius norm."""
-
-
-@dataclass
-class SolverConfig:
-    """Manifold Muon's solver; see optim/solvers/stiefel_spectral.py."""
-
-    method: str = "lgm"
-    """oneshot (cheapest), lgm, exact (fp64, for tests), published (dual ascent, to compare)."""
-    refine: int = 0
-    """lgm: refinements of the dual before the completion."""
-    form: str = "auto"
-    """lgm: gram (n x n products), rect (polar factors of long matrices, bf16 allowed), or auto:
-    rect where polar factors are in bf16."""
-    products: str = "fp32"
-    """Arithmetic of the Gram form: fp32, bf16x3."""
-
-
-@dataclass
-class OptimConfig:
-    """A rule for each role."""
-
-    name: str = MISSING
-    lr: float = MISSING
-    """One number for a sweep to move: the roles' rates follow it by interpolation."""
-    hidden: RuleConfig = field(default_factory=RuleConfig)
-    embedding: RuleConfig = field(default_factory=RuleConfig)
-    head: RuleConfig = field(default_factory=RuleConfig)
-    tied: RuleConfig = field(default_factory=RuleConfig)
-    """One weight that is both embedding and head."""
-    rest: RuleConfig = field(default_factory=RuleConfig)
-    """Gains, biases and scalars."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Route name -> OverrideConfig: '+optim.overrides.q={pattern: "*.q.weight", lr: 0.01}'. A null
-    one is left out."""
-    polar: PolarConfig = field(default_factory=PolarConfig)
-    solver: SolverConfig = field(default_factory=SolverConfig)
-    record_pairs: list[int] = field(default_factory=list)
-    """Steps at which the hidden weights and what their directions are taken of are saved, in
-    pairs.pt of the run folder, for scripts/bench_solver.py."""
-    momentum_dtype: MomentumDtype = MomentumDtype.fp32
-    """What momenta rest in between steps: 4 or 2 bytes a parameter. Averages are fp32."""
-    nonfinite: Nonfinite = Nonfinite["raise"]
-    max_norm: float = 1.0
-    """Clip the gradient of AdamW and baseline groups at this norm; 0 never clips. Others are scale
-    free."""
 
 
 @dataclass

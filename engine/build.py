@@ -2,112 +2,44 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from geon.configs.choices import Init, MomentumDtype
+from geon.configs.recipes import OptimConfig
 from geon.configs.schema import (
     Config,
     DataConfig,
-    Init,
     Layouts,
     ModelConfig,
-    MomentumDtype,
-    OptimConfig,
     ParallelConfig,
-    RuleConfig,
-    RuleKind,
     Source,
 )
 from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
 from geon.engine.parallel import Parallel, mesh_shape
-from geon.engine.rules import make_ladder, make_rule
 from geon.engine.sharding import make_sharding
 from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
 from geon.optim import (
     Block,
     EntryRule,
-    Group,
     HybridOptimizer,
     ParamInfo,
     Placement,
-    Role,
-    Route,
+    Routing,
     Rule,
     block_scale,
-    check_per_head,
     on_manifold,
-    route,
-    table,
+    route_by,
 )
-from geon.optim.groups import check_idle
 from geon.optim.router import check_partition
 from geon.optim.storage import lay
 
-ROLES = {
-    "hidden": {Role.HIDDEN},
-    "embedding": {Role.EMBEDDING},
-    "head": {Role.HEAD},
-    "tied": {Role.TIED},
-    "rest": {Role.GAIN, Role.BIAS, Role.SCALAR},
-}
-"""Which roles each rule of `optim` takes."""
 _MOMENTA = {MomentumDtype.fp32: "float32", MomentumDtype.bf16: "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Who steps what: rules by route name, and the route of each parameter."""
-
-    infos: list[ParamInfo]
-    assigned: dict[str, str]
-    rules: dict[str, Rule | EntryRule]
-    configs: dict[str, RuleConfig]
-
-    def rule(self, info: ParamInfo) -> Rule | EntryRule:
-        """Rule of a parameter."""
-        return self.rules[self.assigned[info.name]]
-
-    def blocks(self, info: ParamInfo) -> tuple[Block, ...]:
-        """The matrices that its rule steps in a parameter."""
-        return info.blocks(self.per_head(info))
-
-    def per_head(self, info: ParamInfo) -> bool:
-        """Whether the heads of a parameter are stepped one by one."""
-        return self.configs[self.assigned[info.name]].per_head
-
-    def members(self, route: str) -> list[ParamInfo]:
-        """Parameters of a route, in the order of the model."""
-        return [info for info in self.infos if self.assigned[info.name] == route]
-
-    def table(self) -> str:
-        """Table of the model's roles and routes, for people."""
-        described = {
-            name: f"lr {self.configs[name].lr:g}, {rule.describe()}"
-            for name, rule in self.rules.items()
-        }
-        per_head = [name for name, config in self.configs.items() if config.per_head]
-        return table(self.infos, self.assigned, described, per_head)
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Roles and routes in plain containers, for JSON."""
-        return [
-            {
-                "name": info.name,
-                "shape": list(info.shape),
-                "role": str(info.role),
-                "splits": list(info.splits),
-                "matrices": sum(form.count for b in self.blocks(info) for form in b.forms),
-                "route": self.assigned[info.name],
-                "rule": self.rule(info).describe(),
-                "lr": self.configs[self.assigned[info.name]].lr,
-            }
-            for info in self.infos
-        ]
 
 
 def make_corpus(config: DataConfig, seed: int) -> Corpus:
@@ -146,26 +78,7 @@ def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
         UsageError: an unknown norm or manifold, a pair without a solver, a parameter no rule takes,
             heads for AdamW.
     """
-    infos = model.infos
-    overrides = sorted(config.overrides.items(), key=lambda item: item[1].optional)
-    routes = [Route(name, pattern=o.pattern, optional=o.optional) for name, o in overrides]
-    routes += [Route(name, frozenset(roles)) for name, roles in ROLES.items()]
-    assigned = route(infos, routes)
-    configs: dict[str, RuleConfig] = {
-        **{name: getattr(config, name) for name in ROLES},
-        **config.overrides,
-    }
-    used = {
-        name: _scaled(model, config, [i for i in infos if assigned[i.name] == name], name)
-        for name, config in configs.items()
-        if name in assigned.values()
-    }
-    ladder = make_ladder(config.solver)
-    rules = {n: make_rule(c, config.polar, ladder, f"optim.{n}") for n, c in used.items()}
-    for name, rule in rules.items():
-        check_per_head(rule, used[name].per_head, f"optim.{name}")
-        check_idle(rule, used[name].idle.value, f"optim.{name}")
-    return Routing(infos, assigned, rules, used)
+    return route_by(model.infos, config, model.rate_scale)
 
 
 def check_cuts(routing: Routing, config: ParallelConfig) -> None:
@@ -183,25 +96,6 @@ def check_cuts(routing: Routing, config: ParallelConfig) -> None:
                 f"parallel.layout={config.layout.value}: other packages' optimizers need whole "
                 "parameters; choose parallel=single or parallel=ddp"
             )
-
-
-def _scaled(
-    model: LanguageModel, config: RuleConfig, members: Sequence[ParamInfo], name: str
-) -> RuleConfig:
-    """The config of a route with its rate worked out: lr_scale, and the model's parametrisation.
-
-    Steepest rules do without the latter: their norms know the shape.
-    """
-    config = replace(config, lr=config.lr * config.lr_scale, lr_scale=1.0)
-    if config.rule is RuleKind.steepest:
-        return config
-    scales = {model.rate_scale(info) for info in members}
-    if len(scales) > 1:
-        raise UsageError(
-            f"model.mup=true: optim.overrides.{name} holds hidden matrices and other parameters, "
-            "whose rates scale differently with the width: give them patterns of their own"
-        )
-    return replace(config, lr=config.lr * scales.pop())
 
 
 def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batches:
@@ -282,17 +176,7 @@ def make_optimizer(
     held, placement: what a framework holds in place of the parameters, and how it lies.
     """
     params = held or dict(model.named_parameters())
-    groups = [
-        Group(
-            name,
-            rule,
-            routing.configs[name].lr,
-            [(info, params[info.name]) for info in routing.members(name)],
-            routing.configs[name].per_head,
-            routing.configs[name].idle.value,
-        )
-        for name, rule in routing.rules.items()
-    ]
+    groups = routing.groups(params)
     check_partition(params, [[info.name for info, _ in group.params] for group in groups])
     return HybridOptimizer(
         groups,

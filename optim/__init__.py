@@ -2,6 +2,9 @@
 
 from geon.optim.adamw import AdamW
 from geon.optim.baselines import BASELINES, Baseline
+from geon.optim.build import build
+from geon.optim.classify import classify
+from geon.optim.declare import Declared, fused, stored
 from geon.optim.entries import EntryRule
 from geon.optim.finishes import FINISHES, Finish
 from geon.optim.groups import Group, on_manifold, project_
@@ -12,7 +15,8 @@ from geon.optim.matrices import block_scale, check_per_head, matrices_of, plan_o
 from geon.optim.norms import NORMS, Norm, Sign, Spectral
 from geon.optim.polar import Polar, polar, polar_svd
 from geon.optim.roles import Block, ParamInfo, Role
-from geon.optim.router import Route, classify, route, table
+from geon.optim.router import Route, route, table
+from geon.optim.routing import Routing, route_by
 from geon.optim.rule import Rule
 from geon.optim.shard import Sharding
 from geon.optim.solvers import Ladder, certify, steepest
@@ -25,6 +29,7 @@ __all__ = [
     "AdamW",
     "Baseline",
     "Block",
+    "Declared",
     "EntryRule",
     "Euclidean",
     "Finish",
@@ -39,15 +44,18 @@ __all__ = [
     "Precision",
     "Role",
     "Route",
+    "Routing",
     "Rule",
     "Sharding",
     "Sign",
     "Spectral",
     "Stiefel",
     "block_scale",
+    "build",
     "certify",
     "check_per_head",
     "classify",
+    "fused",
     "matrices_of",
     "on_manifold",
     "plan_of",
@@ -55,6 +63,8 @@ __all__ = [
     "polar_svd",
     "project_",
     "route",
+    "route_by",
     "steepest",
+    "stored",
     "table",
 ]

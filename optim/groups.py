@@ -79,14 +79,21 @@ class Group:
             }
         return found | self.rule.hyper
 
-    def project_(self) -> None:
+    def project_(self) -> dict[str, float]:
         """Bring every weight to its manifold, in place; every rank must call on sharded ones.
+
+        Returns: how far each that has a manifold was moved, over its length.
 
         Raises:
             UsageError: a weight without a nearest point; names the parameter.
         """
-        for info, param in self.params:
-            project_(info, param, self.rule, self.per_head)
+        if not isinstance(self.rule, Rule) or not self.rule.manifold.constrains:
+            return {}
+        return {
+            info.name: project_(info, param, self.rule, self.per_head)
+            for info, param in self.params
+            if param.requires_grad and param.device.type != "meta"
+        }
 
 
 def cycled(rules: Iterable[Rule | EntryRule]) -> dict[str, Any]:
@@ -238,12 +245,18 @@ def project_(
     per_head: bool = False,
     layout: Layout | None = None,
     ranks: Ranks | None = None,
-) -> None:
+) -> float:
     """Bring a weight to its rule's manifold, in place; every rank must call on a sharded one.
 
     layout, ranks: of a run that a framework handed over.
+
+    Returns: how far it was moved, over its length.
     """
-    if isinstance(rule, Rule) and rule.manifold.constrains:
-        ranks = ranks or Ranks()
-        weight = whole(param, layout, ranks.group)
-        lay(on_manifold(info, weight, rule, per_head), param, layout, ranks.rank)
+    if not isinstance(rule, Rule) or not rule.manifold.constrains:
+        return 0.0
+    ranks = ranks or Ranks()
+    weight = whole(param, layout, ranks.group)
+    near = on_manifold(info, weight, rule, per_head)
+    moved = float((near.float() - weight.float()).norm() / weight.float().norm().clamp_min(1e-30))
+    lay(near, param, layout, ranks.rank)
+    return moved

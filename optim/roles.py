@@ -85,8 +85,8 @@ class ParamInfo:
             output projection).
         transposed: matrices are stored (d_in, d_out), as in transformers' Conv1D.
         split_axis: 0 when fused matrices share their input, 1 when they share their output.
-        interleaved: stretches of d_out that each hold their share of every fused matrix: the number
-            of heads for a query_key_value of (heads, 3, head_dim) rows; 0 when each is in one piece.
+        interleaved: stretches of d_out that each hold their share of every fused matrix: the
+            number of heads for rows (heads, 3, head_dim); 0 when each matrix is in one piece.
         kernel: dimensions of a convolution's kernel, the last ones of the shape (d_out, d_in, ...).
         by_position: step each position of the kernel as a matrix of its own, by 1/positions, as
             Scion does; otherwise the kernel is one matrix (d_out, d_in positions).
@@ -141,8 +141,10 @@ class ParamInfo:
         size = self.matrix[self.split_axis]
         if sum(self.splits) != size or min(self.splits) < 1:
             what = ("d_out", "d_in")[self.split_axis]
+            where = f" of a batch of matrices {self.shape}" if self._batch > 1 else ""
             raise ValueError(
-                f"{self.name}: splits {self.splits} sum to {sum(self.splits)}, but {what} is {size}"
+                f"{self.name}: splits {self.splits}{where} sum to {sum(self.splits)}, but {what} "
+                f"is {size}"
             )
         if self.interleaved and (
             self.split_axis or any(rows % self.interleaved for rows in self.splits)
@@ -193,12 +195,16 @@ class ParamInfo:
         return (cols, rows) if self.transposed else (rows, cols)
 
     @property
+    def _batch(self) -> int:
+        """Number of matrices that are stored one below the other."""
+        return self.shape[0] if len(self.shape) == 3 and not self.kernel else 1
+
+    @property
     def parts(self) -> tuple[Interval, ...]:
         """Row interval (start, stop) of each fused or batched matrix; one when there is one."""
         tall, (rows, _) = self.split_axis == 0, self.matrix
-        batch = self.shape[0] if len(self.shape) == 3 and not self.kernel else 1
         bounds = [0]
-        for size in (self.splits if tall and self.splits else (rows,)) * batch:
+        for size in (self.splits if tall and self.splits else (rows,)) * self._batch:
             bounds.append(bounds[-1] + size)
         return tuple(zip(bounds[:-1], bounds[1:], strict=True))
 
@@ -228,15 +234,16 @@ class ParamInfo:
         stored = self.matrix_shape
         if self.kernel:
             return self._kernels()
-        batch = max(1, self.shape[0]) if len(self.shape) == 3 else 1
         heads = self._part_heads if per_head else (0,) * max(1, len(self.splits))
         found: list[Block] = []
-        for top in range(0, stored[0], stored[0] // batch if stored[0] else 1):
+        for top in range(0, stored[0], max(1, stored[0] // max(1, self._batch))):
             if self.interleaved and not any(heads):
                 shares = tuple(rows // self.interleaved for rows in self.splits)
                 view = View(self.transposed, shares)
                 start = found[-1].states[1] if found else 0
-                found.append(self._block(top, (0, self.matrix[0]), (0, self.matrix[1]), start, view))
+                found.append(
+                    self._block(top, (0, self.matrix[0]), (0, self.matrix[1]), start, view)
+                )
                 continue
             view = View(self.transposed)
             for rows, cols, whole in self._pieces(heads):

@@ -4,8 +4,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
-
 from geon.errors import UsageError
 from geon.optim.roles import ParamInfo, Role
 
@@ -17,7 +15,7 @@ class Route:
     Attributes:
         name: the route's name, e.g. "hidden"; also the name of its param group.
         roles: roles that this route takes.
-        pattern: glob over parameter names; when given, `roles` is not read.
+        pattern: globs over parameter names, with | between them; when given, `roles` is not read.
         optional: whether the pattern may take nothing.
     """
 
@@ -29,7 +27,7 @@ class Route:
     def takes(self, info: ParamInfo) -> bool:
         """Whether this route takes the parameter."""
         if self.pattern is not None:
-            return fnmatchcase(info.name, self.pattern)
+            return any(fnmatchcase(info.name, glob) for glob in self.pattern.split("|"))
         return info.role in self.roles
 
 
@@ -80,55 +78,6 @@ def check_partition(names: Iterable[str], groups: Iterable[Iterable[str]]) -> No
             seen.add(name)
     if wanted - seen:
         raise UsageError(f"parameters in no param group: {', '.join(sorted(wanted - seen))}")
-
-
-_HEAD_NAMES = ("lm_head", "head", "output", "embed_out", "unembed")
-
-
-def classify(model: nn.Module) -> list[ParamInfo]:
-    """Declare the roles of a foreign model by module type.
-
-    Embedding -> embedding (tied when a Linear shares it); Linear -> hidden, or head when its
-    last name is one of the usual ones; norm layers -> gain and bias; any `bias` -> bias.
-
-    Raises:
-        UsageError: a parameter whose module type says nothing sure (convolutions, bare
-            parameters, fused projections): declare it in the model's `roles()` instead.
-    """
-    infos: dict[int, ParamInfo] = {}
-    for prefix, module in model.named_modules():
-        for leaf, param in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            role = _role_of(module, prefix.rsplit(".", 1)[-1], leaf, tuple(param.shape))
-            known = infos.get(id(param))
-            if known is not None and {known.role, role} == {Role.EMBEDDING, Role.HEAD}:
-                infos[id(param)] = ParamInfo(known.name, known.shape, Role.TIED)
-            elif known is None:
-                if role is None:
-                    raise UsageError(
-                        f"unsure about '{name}' {tuple(param.shape)} in {type(module).__name__}: "
-                        "no role can be read from its module type; declare it in roles()"
-                    )
-                infos[id(param)] = ParamInfo(name, tuple(param.shape), role)
-    return list(infos.values())
-
-
-def _role_of(module: nn.Module, owner: str, leaf: str, shape: tuple[int, ...]) -> Role | None:
-    is_norm = "norm" in type(module).__name__.lower()
-    if leaf == "bias" and len(shape) == 1:
-        return Role.BIAS
-    if is_norm and leaf in ("weight", "gain", "scale") and len(shape) == 1:
-        return Role.GAIN
-    if shape in ((), (1,)):
-        return Role.SCALAR
-    if isinstance(module, nn.Embedding):
-        return Role.EMBEDDING
-    if isinstance(module, nn.Linear) and leaf == "weight":
-        if owner in _HEAD_NAMES:
-            return Role.HEAD
-        fused = any(mark in owner.lower() for mark in ("qkv", "c_attn", "in_proj", "gate_up"))
-        return None if fused else Role.HIDDEN
-    return None
 
 
 def table(

@@ -331,7 +331,7 @@ class Step:
         else:
             opened = zip(*(matrix.view.open(operand) for operand in operands), strict=True)
             cuts = [form.count * form.shape[0] for form in matrix.forms]
-            cut = zip(*(state.split(cuts, dim=1) for state in rows), strict=True)
+            cut = zip(*(torch.split(state, cuts, dim=1) for state in rows), strict=True)
             parts = [
                 self._solve(jobs, form, whole, [s.reshape(-1, form.shape[0]) for s in states])
                 for form, whole, states in zip(

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """So many matrices of one shape."""
 
     count: int
@@ -72,10 +72,10 @@ class View:
             return [kernel.flatten(2)]
         if not self.shares:
             return [stored]
-        stretches = stored.unflatten(1, (-1, sum(self.shares)))
-        parts = stretches.split([n * share for n, share in self._runs], dim=2)
+        stretches = stored.reshape(batch, -1, sum(self.shares), cols)
+        parts = torch.split(stretches, [n * share for n, share in self._runs], dim=2)
         return [
-            part.unflatten(2, (n, share)).transpose(1, 2).reshape(batch * n, -1, cols)
+            part.reshape(batch, -1, n, share, cols).transpose(1, 2).reshape(batch * n, -1, cols)
             for part, (n, share) in zip(parts, self._runs, strict=True)
         ]
 

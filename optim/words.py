@@ -1,27 +1,22 @@
-"""From config nodes to the rules of the optimizer: norms, manifolds, polar factors, solvers."""
+"""From words (configs/optim/*.yaml) to rules: norms, manifolds, polar factors, solvers."""
 
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, TypeVar
 
-from geon.configs.schema import PolarConfig, RuleConfig, RuleKind, SolverConfig
+from geon.configs.choices import RuleKind
+from geon.configs.recipes import PolarConfig, RuleConfig, SolverConfig
 from geon.errors import UsageError, nearest
-from geon.optim import (
-    FINISHES,
-    MANIFOLDS,
-    NORMS,
-    AdamW,
-    Baseline,
-    EntryRule,
-    Finish,
-    Ladder,
-    Manifold,
-    Norm,
-    Polar,
-    Precision,
-    Rule,
-    Spectral,
-)
+from geon.optim.adamw import AdamW
+from geon.optim.baselines import Baseline
+from geon.optim.entries import EntryRule
+from geon.optim.finishes import FINISHES, Finish
+from geon.optim.linalg import Precision
+from geon.optim.manifolds import MANIFOLDS, Manifold
+from geon.optim.norms import NORMS, Norm, Spectral
+from geon.optim.polar import Polar
+from geon.optim.rule import Rule
+from geon.optim.solvers import Ladder
 
 T = TypeVar("T")
 

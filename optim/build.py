@@ -1,0 +1,138 @@
+"""An optimizer for any model in one call."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from geon.configs.choices import MomentumDtype
+from geon.configs.recipes import OptimConfig, OverrideConfig, fill, read
+from geon.errors import UsageError
+from geon.optim.classify import Override, classified, explain
+from geon.optim.hybrid import HybridOptimizer
+from geon.optim.last_layers import bare
+from geon.optim.roles import ParamInfo
+from geon.optim.routing import ROLES, route_by
+from geon.optim.shard import Sharding
+
+
+def build(
+    model: nn.Module,
+    recipe: str = "hybrid",
+    lr: float | None = None,
+    *,
+    overrides: Mapping[str, Override | Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    fallback: bool = False,
+    project: bool | None = None,
+    verbose: bool = True,
+    sharding: Sharding | None = None,
+    mesh: DeviceMesh | None = None,
+) -> HybridOptimizer:
+    """Make the optimizer of a recipe for a model, and print who steps what.
+
+    In place of `torch.optim.AdamW(model.parameters(), lr=...)`, after the model is on its device
+    and sharded. Costs one pass over the names, and, if a recipe keeps weights on a manifold, one
+    exact projection of each.
+
+    recipe: a file of configs/optim: hybrid, muon, manifold_muon, normuon, scion, adamw and others.
+    lr: of the recipe's hidden matrices, and of what follows them; the recipe's own if None.
+    overrides: glob over names -> what the parameters are (a role, `stored(...)`, `fused(...)`), or
+        a mapping with changes to their rule, e.g. {"lr": 0.01, "manifold": "stiefel"}.
+    settings: values by dotted key of the recipe, e.g. {"hidden.weight_decay": 0.0}. Gradients of
+        element-wise groups are clipped only if this sets "max_norm".
+    fallback: leave what nothing sure can be said of to the recipe's rule for the rest, AdamW in
+        most, instead of refusing it; it is listed below the table.
+    project: bring weights to the manifolds of their rules now, in place. None does so for a model
+        that was just drawn, and refuses one that says it was loaded from a checkpoint.
+    verbose: print on rank 0.
+    sharding, mesh: as for `HybridOptimizer`.
+
+    Raises:
+        UsageError: an unknown recipe or setting; parameters that nothing sure can be said of, all
+            in one message; a loaded weight that is not on its manifold.
+    """
+    config = read(recipe, lr, {"max_norm": 0.0, **(settings or {})})
+    said = overrides or {}
+    roles = {glob: one for glob, one in said.items() if not isinstance(one, Mapping)}
+    rules = {glob: one for glob, one in said.items() if isinstance(one, Mapping)}
+    infos, unsure = classified(model, roles)
+    if unsure and not fallback:
+        raise UsageError(explain(unsure))
+    _add_rules(config, rules, infos)
+    routing = route_by(infos, config)
+    groups = routing.groups(dict(model.named_parameters()))
+    loaded = _loaded_from(model)
+    if project or (project is None and not loaded):
+        moved = {name: by for group in groups for name, by in group.project_().items()}
+    else:
+        moved = {}
+    try:
+        optimizer = HybridOptimizer(
+            groups,
+            sharding,
+            mesh,
+            max_norm=config.max_norm,
+            momentum=_MOMENTA[config.momentum_dtype],
+            nonfinite=config.nonfinite.value,
+        )
+    except UsageError as error:
+        if loaded and project is None and "is not on" in str(error):
+            raise UsageError(
+                f"the model was loaded from '{loaded}', and recipe '{recipe}' would change its "
+                f"weights before the first step: {error}. To fine-tune, take a recipe without a "
+                "manifold (muon, normuon, adamw); or build(..., project=True)"
+            ) from None
+        raise
+    if verbose and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        print(_report(recipe, routing.table(), moved, list(unsure)))
+    return optimizer
+
+
+_MOMENTA = {MomentumDtype.fp32: torch.float32, MomentumDtype.bf16: torch.bfloat16}
+
+
+def _add_rules(
+    config: OptimConfig, rules: Mapping[str, Mapping[str, Any]], infos: list[ParamInfo]
+) -> None:
+    """Add routes of their own for globs whose rule is changed."""
+    for glob, changes in rules.items():
+        members = [i for i in infos if fnmatchcase(i.name, glob) or fnmatchcase(bare(i.name), glob)]
+        bases = {name for name, roles in ROLES.items() for i in members if i.role in roles}
+        if len(bases) != 1:
+            raise UsageError(
+                f"overrides: '{glob}' matches {len(members)} parameters"
+                + (f" of the rules {', '.join(sorted(bases))}: give each a glob" if bases else "")
+            )
+        base = asdict(getattr(config, bases.pop()))
+        pattern = "|".join(info.name for info in members)
+        content = {**base, **changes, "pattern": pattern}
+        config.overrides = {
+            glob: fill(OverrideConfig, content, prefix=f"overrides['{glob}'].")
+        } | config.overrides
+
+
+def _loaded_from(model: nn.Module) -> str:
+    """Name of the checkpoint that a transformers model says it was loaded from; '' for none."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = (getattr(config, "_name_or_path", "") for config in configs)
+    return next((name for name in names if isinstance(name, str) and name), "")
+
+
+def _report(recipe: str, table: str, moved: Mapping[str, float], unsure: list[str]) -> str:
+    lines = [f"optimizer: {recipe}", table]
+    far = {name: by for name, by in moved.items() if by > 1e-3}
+    if far:
+        name = max(far, key=lambda one: far[one])
+        lines.append(
+            f"brought to their manifolds: {len(far)} of {len(moved)} weights, by "
+            f"{far[name]:.0%} of their length at most ('{name}')"
+        )
+    if unsure:
+        lines.append(f"unsure, so stepped as the rest: {', '.join(unsure)}")
+    return "\n".join(lines)
