@@ -60,9 +60,15 @@ class View:
         return [(len(list(run)), share) for share, run in groupby(self.shares)]
 
     def open(self, boxes: Tensor) -> list[Tensor]:
-        """The matrices of each form, (batch count, d_out, d_in), of boxes (batch, rows, cols)."""
+        """The matrices of each form, (batch count, d_out, d_in), of boxes (batch, rows, cols).
+
+        Contiguous: products of the same numbers in other strides differ in their last bits.
+        """
         if self.plain:
             return [boxes]
+        return [matrices.contiguous() for matrices in self._open(boxes)]
+
+    def _open(self, boxes: Tensor) -> list[Tensor]:
         stored = boxes.mT if self.transposed else boxes
         batch, rows, cols = stored.shape
         if self.depth:

@@ -26,16 +26,21 @@ from geon.optim.shard import TRANSPORTS
 from geon.optim.shard.sharding import CHOICES
 
 SHAPES = {
-    "tall": ((32, 6),),
-    "square": ((8, 8),),
-    "wide": ((6, 32),),
-    "odd": ((7, 5),),
-    "tiny": ((1, 3),),
-    "experts": ((3, 6, 5),),
-    "qkv": ((18, 6), (6, 6, 6), 3),
-    "out": ((6, 6), (), 3, 1),
+    "tall": ((32, 6), {}),
+    "square": ((8, 8), {}),
+    "wide": ((6, 32), {}),
+    "odd": ((7, 5), {}),
+    "tiny": ((1, 3), {}),
+    "experts": ((3, 6, 5), {}),
+    "qkv": ((18, 6), {"splits": (6, 6, 6), "heads": 3}),
+    "out": ((6, 6), {"heads": 3, "head_axis": 1}),
+    "turned": ((6, 16), {"splits": (8, 4, 4), "heads": (2, 1, 1), "transposed": True}),
+    "woven": ((18, 6), {"splits": (6, 6, 6), "heads": 3, "interleaved": 3}),
+    "oss": ((2, 5, 8), {"splits": (4, 4), "transposed": True, "interleaved": 4}),
+    "kernel": ((6, 2, 3, 3), {"kernel": 2}),
+    "groups": ((6, 2, 5), {"kernel": 1, "splits": (3, 3), "by_position": True}),
 }
-"""Shape, and where there are any: fused parts, heads, and the axis of the heads."""
+"""Shape, and how the weight is stored, heads, and the axis of the heads."""
 BESIDE = {
     "embed": (ParamInfo("embed", (21, 8), Role.EMBEDDING), Rule(ColNorm())),
     "head": (ParamInfo("head", (21, 8), Role.HEAD), Rule(Sign(), radius=10.0)),
@@ -57,7 +62,7 @@ class Case(NamedTuple):
     def infos(self, name):
         """Its parameters: one of every shape that its manifold has points of."""
         for shape, options in SHAPES.items():
-            info = ParamInfo(f"{name}/{shape}", options[0], Role.HIDDEN, *options[1:])
+            info = ParamInfo(f"{name}/{shape}", options[0], Role.HIDDEN, **options[1])
             try:
                 on_manifold(info, start(shape), self.rule, self.per_head)
             except UsageError:

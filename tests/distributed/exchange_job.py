@@ -8,6 +8,7 @@ import json
 import sys
 import zlib
 from contextlib import contextmanager
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -189,7 +190,8 @@ class Laid:
     def flat(self, whole):
         """Runs as DeepSpeed pads them."""
         step = -(-whole.numel() // (2 * self.size)) * 2
-        return Flat((whole.numel() // whole.shape[-1], whole.shape[-1]), self.size, step)
+        width = prod(whole.shape[2:]) if whole.dim() > 2 else whole.shape[-1]
+        return Flat((whole.numel() // width, width), self.size, step)
 
     @property
     def placement(self):
@@ -209,7 +211,8 @@ class Laid:
             for piece in flat.pieces(dist.get_rank()):
                 view(own, piece).copy_(whole.view(flat.shape)[piece.region.slices])
             return own
-        placements = CUTS[self.layout](whole.dim() - 1)
+        last = whole.dim() - 1 if whole.dim() < 4 else 1  # kernels are not cut
+        placements = CUTS[self.layout](last)
         return distribute_tensor(whole, self.mesh, placements, src_data_rank=None)
 
     def grad(self, name, step):

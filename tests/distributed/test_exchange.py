@@ -77,7 +77,7 @@ def check(case, way, one):
 def orthogonalized(members, params):
     """Matrices among them whose polar factor is taken in a step."""
     return sum(
-        len(info.blocks(case.per_head))
+        sum(form.count for block in info.blocks(case.per_head) for form in block.forms)
         for case, own in members.values()
         for _, info in own
         if case.rule.orthogonalizes and info.name in params
