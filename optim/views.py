@@ -95,7 +95,7 @@ class View:
             d_out, positions = box[0] // self.depth, box[1]
             if self.by_position:
                 kernel = found[0].view(batch, positions, d_out, self.depth).permute(0, 2, 3, 1)
-                return kernel.reshape(batch, *box)
+                return kernel.reshape(batch, *box).contiguous()
             return found[0].reshape(batch, *box)
         stored = found[0]
         if self.shares:
