@@ -67,7 +67,7 @@ class OverrideConfig(RuleConfig):
     """Globs over names, with | between them: "*.[qk].weight|*.query.weight"."""
     optional: bool = False
     """Whether the pattern may match nothing, for configs that serve several models. Such a route is
-    tried after the others."""
+    tried after the others, and takes only parameters with heads if it steps those one by one."""
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """An optimizer for any model in one call."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,11 @@ from geon.optim.routing import ROLES, route_by
 from geon.optim.shard import Sharding
 
 
+@overload
+def build() -> Callable[..., HybridOptimizer]: ...
+
+
+@overload
 def build(
     model: nn.Module,
     recipe: str = "hybrid",
@@ -33,13 +38,30 @@ def build(
     verbose: bool = True,
     sharding: Sharding | None = None,
     mesh: DeviceMesh | None = None,
-) -> HybridOptimizer:
+) -> HybridOptimizer: ...
+
+
+def build(
+    model: nn.Module | None = None,
+    recipe: str = "hybrid",
+    lr: float | None = None,
+    *,
+    overrides: Mapping[str, Override | Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    fallback: bool = False,
+    project: bool | None = None,
+    verbose: bool = True,
+    sharding: Sharding | None = None,
+    mesh: DeviceMesh | None = None,
+) -> HybridOptimizer | Callable[..., HybridOptimizer]:
     """Make the optimizer of a recipe for a model, and print who steps what.
 
     In place of `torch.optim.AdamW(model.parameters(), lr=...)`, after the model is on its device
     and sharded. Costs one pass over the names, and, if a recipe keeps weights on a manifold, one
     exact projection of each.
 
+    model: without one, this function is returned: transformers.Trainer calls a factory twice, so
+        `optimizer_cls_and_kwargs=(build, {"recipe": "muon", "lr": 0.02})` serves there.
     recipe: a file of configs/optim: hybrid, muon, manifold_muon, normuon, scion, adamw and others.
     lr: of the recipe's hidden matrices, and of what follows them; the recipe's own if None.
     overrides: glob over names -> what the parameters are (a role, `stored(...)`, `fused(...)`), or
@@ -57,6 +79,8 @@ def build(
         UsageError: an unknown recipe or setting; parameters that nothing sure can be said of, all
             in one message; a loaded weight that is not on its manifold.
     """
+    if model is None:
+        return build
     config = read(recipe, lr, {"max_norm": 0.0, **(settings or {})})
     said = overrides or {}
     roles = {glob: one for glob, one in said.items() if not isinstance(one, Mapping)}

@@ -129,6 +129,8 @@ def _places(model: nn.Module) -> dict[int, list[Place]]:
                 "which cuts matrices into flat pieces: shard by fully_shard (FSDP2)"
             )
         parts = path.split(".") if path else []
+        if "lora_B" in parts:  # its rows are those of the weight that it adapts
+            parts = parts[: parts.index("lora_B")]
         around = [(".".join(parts[:end]), parts[end]) for end in reversed(range(len(parts)))]
         kept = [(above, child) for above, child in around if not WRAPPERS.fullmatch(child)]
         child = kept[0][1] if kept else ""
@@ -155,6 +157,11 @@ def _roles(model: nn.Module) -> dict[int, ParamInfo]:
                 )
             shape = tuple(own[name].shape)
             info = one if isinstance(one, ParamInfo) else _declared(one).info(name, shape)
+            if tuple(info.shape) != shape:
+                raise UsageError(
+                    f"roles() of {path or type(module).__name__} declares '{name}' with shape "
+                    f"{tuple(info.shape)}, but it has {shape}"
+                )
             found.setdefault(id(own[name]), info)
     return found
 

@@ -130,6 +130,14 @@ def bigcode(place: Place) -> Declared | None:
     return fused(q=module.embed_dim, k=width, v=width, heads=(module.num_heads, 1, 1))
 
 
+def adapter(place: Place) -> Declared | None:
+    """LoRA of GPT-2's c_attn: its rows are q, k and v, or k and v where they meet an encoder."""
+    width = place.find("embed_dim", "hidden_size")
+    if width and place.shape[0] == 2 * width:
+        return fused(k=width, v=width, heads=_heads(place, width))
+    return thirds(place)
+
+
 def latent(place: Place) -> Declared | None:
     """Multi-head latent attention: the latent with k's rotary part; or k and v of each head."""
     count, rank = place.find(*_HEADS), place.find("kv_lora_rank")
@@ -146,7 +154,7 @@ def one_head_each(place: Place) -> Declared | None:
     """q, k, v and output of an attention: one matrix, with its heads where they are known."""
     if not _in_attention(place):
         return None
-    if re.fullmatch(r"o|o_proj|out_proj|wo|Wo|out_lin", place.child):
+    if re.fullmatch(r"o|o_proj|out_proj|wo|Wo|out_lin|dense|c_proj", place.child):
         heads = _heads(place, place.shape[1])
         return stored(heads=heads, head_axis=1) if heads else stored()
     if re.fullmatch(r"[qkv]|[qkv]_proj|w[qkv]|query|key|value|[qkv]_lin", place.child):
@@ -175,6 +183,7 @@ _LINEAR: list[tuple[str, tuple[str, ...], Callable[[Place], Declared | None]]] =
     ("Wi", ("ModernBertMLP", "ModernBertDecoderMLP"), halves),
     ("c_attn", ("GPTBigCodeAttention",), bigcode),
     ("c_attn", ("CausalSelfAttention",), thirds),  # nanoGPT
+    ("c_attn", ("GPT2Attention",), adapter),
     ("kv_a_proj_with_mqa", ("Attention",), latent),
     ("kv_b_proj", ("Attention",), latent),
 ]

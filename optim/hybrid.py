@@ -161,7 +161,15 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     def _named(self) -> Iterable[tuple[dict[str, Any], str, Tensor]]:
         for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
+            names, params = group["param_names"], group["params"]
+            if len(names) != len(params):
+                raise UsageError(
+                    f"group '{group['name']}' was made of {len(names)} parameters and now holds "
+                    f"{len(params)} tensors: a framework has flattened them (DeepSpeed ZeRO 1 to 3 "
+                    "does), so there are no matrices to step; shard by fully_shard (FSDP2), or see "
+                    "docs/library.md"
+                )
+            for name, param in zip(names, params, strict=True):
                 yield group, name, param
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:

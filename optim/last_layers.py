@@ -49,8 +49,8 @@ def last_layers(model: nn.Module) -> set[int]:
         tokens = [m.num_embeddings for m in root.modules() if isinstance(m, nn.Embedding)]
         linears = [module for module in modules.values() if _is_linear(module)]
         wide = [m for m in linears if tokens and m.weight.shape[0] == max(tokens)]
-        alone = sum(map(_is_linear, root.modules())) < 2 or callable(output)
-        found += wide[-1:] or [None if alone else _end(root, True)]
+        several = sum(_has_matrix(child) for child in root.children()) > 1
+        found += wide[-1:] or [_end(root, True) if several and not callable(output) else None]
     return {id(module.weight) for module in found if module is not None and _is_linear(module)}
 
 

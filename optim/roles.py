@@ -180,6 +180,17 @@ class ParamInfo:
         return prod(self.shape)
 
     @property
+    def storage(self) -> str:
+        """How the weight is stored, in words for tables; nothing for one matrix (d_out, d_in)."""
+        words = [f"{len(self.splits)} fused"] if self.splits else []
+        words += ["by columns"] if self.split_axis else []
+        words += ["interleaved"] if self.interleaved else []
+        words += ["transposed"] if self.transposed else []
+        if self.kernel:
+            words += ["kernel by position" if self.by_position else "kernel"]
+        return ", ".join(words)
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """Shape as one stored matrix: vectors are one row, batches and channels lie below."""
         if len(self.shape) < 3:

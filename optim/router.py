@@ -17,17 +17,20 @@ class Route:
         roles: roles that this route takes.
         pattern: globs over parameter names, with | between them; when given, `roles` is not read.
         optional: whether the pattern may take nothing.
+        with_heads: whether the pattern takes only parameters whose heads are known.
     """
 
     name: str
     roles: frozenset[Role] = frozenset()
     pattern: str | None = None
     optional: bool = False
+    with_heads: bool = False
 
     def takes(self, info: ParamInfo) -> bool:
         """Whether this route takes the parameter."""
         if self.pattern is not None:
-            return any(fnmatchcase(info.name, glob) for glob in self.pattern.split("|"))
+            fits = any(fnmatchcase(info.name, glob) for glob in self.pattern.split("|"))
+            return fits and (bool(info.heads) or not self.with_heads)
         return info.role in self.roles
 
 
@@ -93,7 +96,7 @@ def table(
     rows: dict[tuple[str, str, str], list[ParamInfo]] = {}
     for info in infos:
         shape = " x ".join(map(str, info.shape)) or "scalar"
-        marks = [f"{len(info.splits)} fused"] if info.splits else []
+        marks = [info.storage] if info.storage else []
         if info.heads and assigned[info.name] in per_head:
             marks.append(f"{info.heads} heads")
         if marks:

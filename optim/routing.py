@@ -106,7 +106,11 @@ def route_by(
             heads for AdamW.
     """
     overrides = sorted(recipe.overrides.items(), key=lambda item: item[1].optional)
-    routes = [Route(name, pattern=o.pattern, optional=o.optional) for name, o in overrides]
+    routes = [
+        # A glob that may match nothing serves many models: heads are not guessed for one of them.
+        Route(name, pattern=o.pattern, optional=o.optional, with_heads=o.optional and o.per_head)
+        for name, o in overrides
+    ]
     routes += [Route(name, frozenset(roles)) for name, roles in ROLES.items()]
     assigned = route(infos, routes)
     configs: dict[str, RuleConfig] = {

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from geon.errors import UsageError
-from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral, Stiefel
+from geon.optim import AdamW, Group, HybridOptimizer, ParamInfo, Role, Rule, Spectral, Stiefel
 from tests.optim.contract import (
     LR,
     ROLES,
@@ -298,3 +298,15 @@ def test_bf16_weights_train_on_their_manifold(kind):
     train(net, optimizer, range(20))
     assert all(p.isfinite().all() and p.dtype == torch.bfloat16 for p in net.parameters())
     optimizer.check_on_manifold()
+
+
+def test_flattened_groups_are_refused_by_name():
+    """DeepSpeed's ZeRO puts one flat tensor in the place of all parameters of a group."""
+    model = nn.Linear(4, 4)
+    infos = [ParamInfo(n, tuple(p.shape), Role.OTHER) for n, p in model.named_parameters()]
+    members = list(zip(infos, model.parameters(), strict=True))
+    optimizer = HybridOptimizer([Group("rest", AdamW(), 0.1, members)])
+    optimizer.param_groups[0]["params"] = [torch.zeros(20)]
+    for call in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(UsageError, match="'rest' was made of 2 parameters and now holds 1 tens"):
+            call()
