@@ -326,8 +326,8 @@ class Step:
         matrix = jobs[0].matrix
         own = [self.row_states(job.matrix) for job in jobs] if matrix.row_states else []
         rows = [torch.stack(states) for states in zip(*own, strict=True)]
-        if matrix.view.plain:
-            result, kept = self._solve(jobs, Form(1, matrix.shape), operands, rows)
+        if matrix.plain:
+            result, kept = self._solve(jobs, matrix.forms[0], operands, rows)
         else:
             opened = zip(*(matrix.view.open(operand) for operand in operands), strict=True)
             cuts = [form.count * form.shape[0] for form in matrix.forms]

@@ -101,10 +101,15 @@ class Matrix:
         """Length of each of its row states."""
         return self.states[1] - self.states[0]
 
-    @property
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the box is the one matrix that a rule steps."""
+        return self.view.plain
+
+    @cached_property
     def kind(self) -> Hashable:
         """Key that matrices have in common whose steps may be taken together."""
-        return self.route, self.shape, self.view, self.scale
+        return self.route, self.shape, None if self.plain else self.view, self.scale
 
     @cached_property
     def holding(self) -> Holding:
