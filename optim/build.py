@@ -1,6 +1,6 @@
 """An optimizer for any model in one call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any, overload
@@ -15,10 +15,10 @@ from geon.configs.recipes import OptimConfig, OverrideConfig, fill, read
 from geon.errors import UsageError
 from geon.optim.classify import Override, classified, explain
 from geon.optim.hybrid import HybridOptimizer
-from geon.optim.last_layers import bare
-from geon.optim.roles import ParamInfo
-from geon.optim.routing import ROLES, route_by
+from geon.optim.roles import ParamInfo, Role
+from geon.optim.routing import ROLES, Routing, route_by
 from geon.optim.shard import Sharding
+from geon.optim.tree import bare
 
 
 @overload
@@ -87,7 +87,7 @@ def build(
     rules = {glob: one for glob, one in said.items() if isinstance(one, Mapping)}
     infos, unsure = classified(model, roles)
     if unsure and not fallback:
-        raise UsageError(explain(unsure))
+        raise UsageError(explain(unsure, [info.name for info in infos]))
     _add_rules(config, rules, infos)
     routing = route_by(infos, config)
     groups = routing.groups(dict(model.named_parameters()))
@@ -114,7 +114,7 @@ def build(
             ) from None
         raise
     if verbose and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        print(_report(recipe, routing.table(), moved, list(unsure)))
+        print("\n".join(_report(recipe, routing, moved, list(unsure))))
     return optimizer
 
 
@@ -125,7 +125,10 @@ def _add_rules(
     config: OptimConfig, rules: Mapping[str, Mapping[str, Any]], infos: list[ParamInfo]
 ) -> None:
     """Add routes of their own for globs whose rule is changed."""
+    own: dict[str, Any] = {}
     for glob, changes in rules.items():
+        if "pattern" in changes:
+            raise UsageError(f"overrides['{glob}']: its pattern is the glob itself")
         members = [i for i in infos if fnmatchcase(i.name, glob) or fnmatchcase(bare(i.name), glob)]
         bases = {name for name, roles in ROLES.items() for i in members if i.role in roles}
         if len(bases) != 1:
@@ -136,9 +139,8 @@ def _add_rules(
         base = asdict(getattr(config, bases.pop()))
         pattern = "|".join(info.name for info in members)
         content = {**base, **changes, "pattern": pattern}
-        config.overrides = {
-            glob: fill(OverrideConfig, content, prefix=f"overrides['{glob}'].")
-        } | config.overrides
+        own[glob] = fill(OverrideConfig, content, prefix=f"overrides['{glob}'].")
+    config.overrides = own | config.overrides
 
 
 def _loaded_from(model: nn.Module) -> str:
@@ -148,15 +150,23 @@ def _loaded_from(model: nn.Module) -> str:
     return next((name for name in names if isinstance(name, str) and name), "")
 
 
-def _report(recipe: str, table: str, moved: Mapping[str, float], unsure: list[str]) -> str:
-    lines = [f"optimizer: {recipe}", table]
+def _report(
+    recipe: str, routing: Routing, moved: Mapping[str, float], unsure: Sequence[str]
+) -> Iterator[str]:
+    yield f"optimizer: {recipe}"
+    yield routing.table()
     far = {name: by for name, by in moved.items() if by > 1e-3}
     if far:
         name = max(far, key=lambda one: far[one])
-        lines.append(
-            f"brought to their manifolds: {len(far)} of {len(moved)} weights, by "
-            f"{far[name]:.0%} of their length at most ('{name}')"
+        yield (
+            f"brought to their manifolds: {len(far)} of {len(moved)} weights, by {far[name]:.0%} "
+            f"of their length at most ('{name}')"
         )
     if unsure:
-        lines.append(f"unsure, so stepped as the rest: {', '.join(unsure)}")
-    return "\n".join(lines)
+        yield f"unsure, so stepped as the rest: {', '.join(unsure)}"
+    roles = {info.role: info.name for info in reversed(routing.infos)}
+    if Role.EMBEDDING in roles and not {Role.HEAD, Role.TIED} & roles.keys():
+        yield (
+            f"no head was found: if one is called by hand (x @ embedding.weight.T), say "
+            f"overrides={{'{roles[Role.EMBEDDING]}': 'tied'}}"
+        )

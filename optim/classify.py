@@ -1,18 +1,21 @@
 """The roles of a model that somebody else wrote: by module type, name, and what is said of it."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from geon.errors import UsageError, nearest
 from geon.optim.declare import Declared, stored
-from geon.optim.families import Place, classes, read
-from geon.optim.last_layers import WRAPPERS, bare, last_layers
+from geon.optim.families import Place, is_norm, read
+from geon.optim.last_layers import last_layers
 from geon.optim.roles import ParamInfo, Role
+from geon.optim.tree import Tree, bare, classes
 
 Override = Declared | Role | str
 
@@ -42,7 +45,7 @@ def classify(
     """
     infos, unsure = classified(model, overrides or {})
     if unsure and not fallback:
-        raise UsageError(explain(unsure))
+        raise UsageError(explain(unsure, [info.name for info in infos]))
     return infos
 
 
@@ -83,7 +86,11 @@ def classified(
     return found, unsure
 
 
-def _declared(said: Override) -> Declared:
+def _declared(said: Any) -> Declared:
+    if not isinstance(said, Declared | str):
+        raise UsageError(
+            f"overrides and roles() map to a role, stored(...) or fused(...), not {said!r:.80}"
+        )
     return said if isinstance(said, Declared) else stored(said)
 
 
@@ -120,24 +127,24 @@ def _check_whole(name: str, param: Any) -> None:
 
 def _places(model: nn.Module) -> dict[int, list[Place]]:
     """Every place of each parameter, by its identity; a tied one has several."""
-    modules = dict(model.named_modules())
+    tree = Tree(model)
     found: dict[int, list[Place]] = defaultdict(list)
-    for path, module in modules.items():
+    for path, module in model.named_modules():
         if "FullyShardedDataParallel" in classes(module):
             raise UsageError(
                 f"module '{path or type(module).__name__}' is wrapped by FullyShardedDataParallel, "
                 "which cuts matrices into flat pieces: shard by fully_shard (FSDP2)"
             )
-        parts = path.split(".") if path else []
-        if "lora_B" in parts:  # its rows are those of the weight that it adapts
-            parts = parts[: parts.index("lora_B")]
-        around = [(".".join(parts[:end]), parts[end]) for end in reversed(range(len(parts)))]
-        kept = [(above, child) for above, child in around if not WRAPPERS.fullmatch(child)]
-        child = kept[0][1] if kept else ""
-        parents = tuple(modules[above] for above, _ in kept)
+        # The rows of an adapter's B are those of the weight that it adapts.
+        own = re.sub(r"\.lora_B\..*", "", bare(path))
+        around = tuple(tree.above(own))
         for leaf, param in module.named_parameters(recurse=False):
-            place = Place(leaf, tuple(param.shape), module, child, parents)
-            found[id(param)].append(place)
+            if isinstance(param, nn.parameter.UninitializedParameter):
+                raise UsageError(
+                    f"parameter '{path}.{leaf}' has no shape yet: pass a batch through the model "
+                    "before the optimizer is made"
+                )
+            found[id(param)].append(Place(leaf, tuple(param.shape), module, own, around))
     return found
 
 
@@ -145,25 +152,40 @@ def _roles(model: nn.Module) -> dict[int, ParamInfo]:
     """What modules declare by a method `roles()`, the outermost first."""
     found: dict[int, ParamInfo] = {}
     for path, module in model.named_modules():
-        if not callable(getattr(module, "roles", None)):
+        # Of the class: wrappers hand attributes of what they wrap on, but names differ.
+        method = getattr(type(module), "roles", None)
+        if not callable(method) or len(signature(method).parameters) != 1:
             continue
-        own, said = dict(module.named_parameters()), module.roles()
-        pairs = said.items() if isinstance(said, Mapping) else ((i.name, i) for i in said)
-        for name, one in pairs:
+        where = f"roles() of {path or type(module).__name__}"
+        own, seen = dict(module.named_parameters()), set[str]()
+        for name, one in _said(module.roles(), where):
             if name not in own:
                 raise UsageError(
-                    f"roles() of {path or type(module).__name__} declares '{name}', which it does "
-                    f"not have.{nearest(name, list(own))}"
+                    f"{where} declares '{name}', which it does not have.{nearest(name, list(own))}"
                 )
             shape = tuple(own[name].shape)
             info = one if isinstance(one, ParamInfo) else _declared(one).info(name, shape)
-            if tuple(info.shape) != shape:
+            if tuple(info.shape) != shape or name in seen:
                 raise UsageError(
-                    f"roles() of {path or type(module).__name__} declares '{name}' with shape "
-                    f"{tuple(info.shape)}, but it has {shape}"
+                    f"{where} declares '{name}' "
+                    + (f"with shape {tuple(info.shape)}, but it has {shape}", "twice")[name in seen]
                 )
+            seen.add(name)
             found.setdefault(id(own[name]), info)
     return found
+
+
+def _said(said: Any, where: str) -> list[tuple[str, Any]]:
+    """What a method `roles()` returned: pairs of names and declarations."""
+    if isinstance(said, Mapping):
+        return list(said.items())
+    infos = list(said) if isinstance(said, Iterable) and not isinstance(said, str) else [said]
+    if not all(isinstance(info, ParamInfo) for info in infos):
+        raise UsageError(
+            f"{where} returned {said!r:.80}, expected a list of ParamInfo, or a mapping from names "
+            "to roles, stored(...) or fused(...)"
+        )
+    return [(info.name, info) for info in infos]
 
 
 def _answer(places: Sequence[Place], is_head: bool) -> Declared | str:
@@ -176,8 +198,8 @@ def _answer(places: Sequence[Place], is_head: bool) -> Declared | str:
     found: list[Declared | str] = []
     for place in places:
         answer = read(place)
-        if is_head and not (isinstance(answer, Declared) and answer.role is Role.EMBEDDING):
-            answer = Declared(Role.HEAD)
+        if is_head and not (isinstance(answer, Declared) and answer.role in _ENDS):
+            answer = Declared(Role.HEAD if len(shape) == 2 else Role.OTHER)
         if answer not in found:
             found.append(answer)
     roles = {one.role for one in found if isinstance(one, Declared)}
@@ -187,49 +209,55 @@ def _answer(places: Sequence[Place], is_head: bool) -> Declared | str:
 
 
 _OF_LINEAR = (Role.HEAD, Role.HIDDEN)
+_ENDS = (Role.HEAD, Role.EMBEDDING)
 
 
 def _vector(place: Place) -> Declared:
     if "bias" in place.leaf:
         return Declared(Role.BIAS)
-    normal = any("norm" in name.lower() for name in classes(place.module)[:-2])
-    return Declared(Role.GAIN if normal else Role.OTHER)
+    return Declared(Role.GAIN if is_norm(place.module) else Role.OTHER)
 
 
 # What to say.
 
 
-def explain(unsure: Unsure) -> str:
-    """All parameters that are unsure, those of one kind together, each with a line to write."""
+def explain(unsure: Unsure, names: Iterable[str] = ()) -> str:
+    """All parameters that are unsure, those of one kind together, each with a line to write.
+
+    names: of all parameters: a glob is only written where it matches none but its own.
+    """
     kinds: dict[tuple[str, tuple[int, ...], str], list[tuple[str, Place]]] = defaultdict(list)
     for name, (place, reason) in unsure.items():
         glob = ".".join("*" if part.isdigit() else part for part in bare(name).split("."))
         kinds[glob, place.shape, reason].append((name, place))
     lines = [f"unsure about {len(unsure)} parameters. Say in overrides what they are:"]
     for (glob, shape, reason), members in kinds.items():
+        own = [bare(name) for name, _ in members]
         count = f", {len(members)} of them" if len(members) > 1 else ""
         lines.append(f"  '{members[0][0]}' {shape}{count}: {reason}")
-        lines.append(f'    "{glob}": {_line(members[0][1])},')
+        alone = all(bare(name) in own for name in names if fnmatchcase(bare(name), glob))
+        said, comment = _line(members[0][1])
+        lines += [f'    "{key}": {said},{comment}' for key in ([glob] if alone else own)]
     lines.append(
         "as classify(model, overrides={...}) or build(model, ..., overrides={...}); or declare "
-        "them in a method roles() of the model; or fallback=True steps them by AdamW"
+        "them in a method roles() of the model; or fallback=True leaves them to AdamW"
     )
     return "\n".join(lines)
 
 
-def _line(place: Place) -> str:
-    """What could be written for a parameter."""
-    shape = place.shape
+def _line(place: Place) -> tuple[str, str]:
+    """What could be written for a parameter, and a comment."""
+    shape, module = place.shape, place.module
     if len(shape) == 2 and place.leaf == "weight":
-        turned = "Conv1D" in classes(place.module)
+        turned = "Conv1D" in classes(module)
         rows, cols = shape[::-1] if turned else shape
         also = ", transposed=True" if turned else ""
-        if rows % 3 == 0 and ("qkv" in place.child.lower() or rows == 3 * cols):
-            third = rows // 3
-            return f"fused(q={third}, k={third}, v={third}{also})  # interleaved=heads if by head"
-        if rows % 2 == 0:
-            return f"fused(a={rows // 2}, b={rows // 2}{also})  # or stored(), if it is one matrix"
-        return "stored()  # one matrix; or fused(a=.., b=..)"
+        if rows == 3 * cols:
+            parts = f"q={cols}, k={cols}, v={cols}"
+            return f"fused({parts}{also})", "  # interleaved=HEADS if q, k, v come head by head"
+        return f"fused(a=..., b=...{also})", f"  # sizes of its {rows} rows; stored() if it is one"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return f"stored(kernel={len(shape) - 2}, splits=(..., ...))", "  # splits of d_out"
     if len(shape) == 3:
-        return 'stored()  # (n, d_out, d_in); or stored(transposed=True), fused(..), "other"'
-    return '"other"  # AdamW; or "embedding", "head", stored()'
+        return '"other"', "  # AdamW; stored() for (n, d_out, d_in), stored(transposed=True)"
+    return '"other"', '  # AdamW; or "embedding", "head", stored()'

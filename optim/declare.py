@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from geon.errors import UsageError, nearest
@@ -27,7 +28,11 @@ class Declared:
             UsageError: the parameter cannot be stored like that; names it.
         """
         try:
-            return ParamInfo(name, tuple(shape), self.role, **self.fields)
+            given: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in self.fields.items()
+            }
+            return ParamInfo(name, tuple(shape), self.role, **given)
         except (TypeError, ValueError) as error:
             raise UsageError(str(error)) from None
 
@@ -38,8 +43,12 @@ def stored(role: Role | str = Role.HIDDEN, **fields: Any) -> Declared:
     fields: those of `ParamInfo`.
 
     Raises:
-        UsageError: an unknown role.
+        UsageError: an unknown role or field.
     """
+    known = [f.name for f in dataclass_fields(ParamInfo)][3:]
+    if unknown := set(fields) - set(known):
+        name = min(unknown)
+        raise UsageError(f"stored() takes {', '.join(known)}, not {name}.{nearest(name, known)}")
     if role not in list(Role):
         raise UsageError(f"role '{role}' is not one of {', '.join(Role)}.{nearest(role, [*Role])}")
     return Declared(Role(role), fields)
@@ -65,8 +74,11 @@ def fused(
     Raises:
         UsageError: no parts.
     """
-    if not parts:
-        raise UsageError("fused() needs the size of each part, e.g. fused(q=512, k=128, v=128)")
+    if not parts or not all(type(size) is int for size in parts.values()):
+        given = ", ".join(f"{name}={size!r}" for name, size in parts.items())
+        raise UsageError(
+            f"fused({given}) needs the size of each part, e.g. fused(q=512, k=128, v=128)"
+        )
     fields: dict[str, Any] = {"splits": tuple(parts.values()), "split_axis": axis}
     fields |= {"heads": heads, "interleaved": interleaved, "transposed": transposed}
     return Declared(Role.HIDDEN, fields)

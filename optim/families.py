@@ -10,6 +10,7 @@ from torch import nn
 
 from geon.optim.declare import Declared, fused, stored
 from geon.optim.roles import Role
+from geon.optim.tree import classes
 
 SINGLE = re.compile(
     r"(q|k|v|o|query|key|value|out|w[1-3qkvo]|wi_[01]|[qkv]_lin"
@@ -17,9 +18,13 @@ SINGLE = re.compile(
 )
 """Names under which a Linear is one matrix, whatever its size."""
 FUSED = re.compile(
-    r"(?i)qkv|query_key|key_value|c_attn|in_proj|gate_up|up_gate|kv_proj|to_kv|w13|fused"
+    r"(?i)qkv|query_key|key_value|queries_keys|c_attn|gate_up|up_gate|q_gate|fused|adaln|modulation"
+    r"|(^|_)(in_proj|x_proj)|kv_([ab]_)?proj|index_qk|(^|_|\bto_|w)(kv|qk)(_|\b|linear)"
+    r"|(^|_)w(12|13)\b"
 )
-"""Marks in a name of a Linear that several matrices may share."""
+"""Marks in a name of a weight that several matrices may share."""
+PASSED_ON = re.compile(r"linear|conv|convolution|proj|dense|\d+")
+"""Names that say nothing: the module above has the name."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,27 @@ class Place:
         leaf: name in its module.
         shape: of the whole parameter.
         module: that holds it.
-        child: name of that module in its parent, wrappers left out.
+        path: of that module, wrappers left out.
         parents: of the module, the nearest first; wrappers left out.
     """
 
     leaf: str
     shape: tuple[int, ...]
     module: nn.Module
-    child: str
+    path: str
     parents: tuple[nn.Module, ...]
+
+    @property
+    def child(self) -> str:
+        """Name of the module in its parent."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def fused(self) -> str:
+        """Words if the name of the module says that several matrices share its weight; or ''."""
+        *_, above, name = ["", *self.path.split(".")]
+        told = FUSED.search(name) or (PASSED_ON.fullmatch(name) and FUSED.search(above))
+        return "its name says that several matrices share it" if told else ""
 
     @property
     def parent(self) -> nn.Module:
@@ -50,7 +67,10 @@ class Place:
         for holder in (self.module, *self.parents):
             for source in (holder, getattr(holder, "config", None)):
                 for name in names:
-                    value = getattr(source, name, None)
+                    try:
+                        value = getattr(source, name, None)
+                    except Exception:  # configs whose layers differ refuse to name one number
+                        continue
                     if isinstance(value, int) and value > 0:
                         return int(value)
         return 0
@@ -58,11 +78,6 @@ class Place:
     def within(self, *names: str) -> bool:
         """Whether the parent is of a class, or derived from one, whose name ends so."""
         return any(name.endswith(names) for name in classes(self.parent))
-
-
-def classes(module: nn.Module) -> list[str]:
-    """Names of a module's class and its bases: fully_shard derives one of its own."""
-    return [kind.__name__ for kind in type(module).__mro__]
 
 
 def from_package(module: nn.Module, package: str) -> bool:
@@ -143,10 +158,29 @@ def latent(place: Place) -> Declared | None:
     count, rank = place.find(*_HEADS), place.find("kv_lora_rank")
     plain, turned = place.find("qk_nope_head_dim"), place.find("qk_rope_head_dim")
     value = place.find("v_head_dim")
-    if place.child == "kv_a_proj_with_mqa" and place.shape[0] == rank + turned:
+    down = place.child in ("kv_a_proj_with_mqa", "wkv_a")
+    if down and rank and turned and place.shape[0] == rank + turned:
         return fused(latent=rank, k=turned)
-    if place.child == "kv_b_proj" and place.shape[0] == count * (plain + value) and count:
+    if not down and plain and value and place.shape[0] == count * (plain + value):
         return fused(k=count * plain, v=count * value, heads=count, interleaved=count)
+    return None
+
+
+def gated(place: Place) -> Declared | None:
+    """Qwen3-Next and 3.5: each head's q, and the gate of its output."""
+    count, width = place.find(*_HEADS), place.find("head_dim")
+    if not width or place.shape[0] != 2 * count * width:
+        return None
+    size = count * width
+    return fused(q=size, gate=size, heads=count, interleaved=count)
+
+
+def vision(place: Place) -> Declared | None:
+    """Attention of timm, of torchvision's Swin, and of transformers' vision models."""
+    kv, known = place.find(*_KV_HEADS), ("timm", "torchvision", "transformers")
+    equal = kv in (0, place.find(*_HEADS))
+    if equal and any(from_package(place.parent, package) for package in known):
+        return thirds(place)
     return None
 
 
@@ -184,8 +218,8 @@ _LINEAR: list[tuple[str, tuple[str, ...], Callable[[Place], Declared | None]]] =
     ("c_attn", ("GPTBigCodeAttention",), bigcode),
     ("c_attn", ("CausalSelfAttention",), thirds),  # nanoGPT
     ("c_attn", ("GPT2Attention",), adapter),
-    ("kv_a_proj_with_mqa", ("Attention",), latent),
-    ("kv_b_proj", ("Attention",), latent),
+    ("qkv", ("Attention", "WindowAttention", "ShiftedWindowAttention"), vision),
+    ("dense", ("MobileBertLMPredictionHead",), lambda place: stored("head", transposed=True)),
 ]
 """Names of Linears, the classes that hold them, and how they are stored."""
 
@@ -195,18 +229,30 @@ def linear(place: Place) -> Declared | str:
     for child, owners, read in _LINEAR:
         if place.child == child and place.within(*owners) and (found := read(place)):
             return found
+    if place.child in ("kv_a_proj_with_mqa", "kv_b_proj", "wkv_a", "wkv_b"):
+        return latent(place) or place.fused
     known = from_package(place.parent, "transformers")
     if known and place.child == "gate_up_proj" and (found := halves(place)):
         return found
-    if known and place.child == "qkv" and place.shape[0] == 3 * place.shape[1]:
-        return thirds(place) or "its name says that q, k and v share it"
+    if known and place.child == "qkv" and (found := vision(place)):
+        return found
+    if place.child == "q_proj" and (said := _gated_q(place)):
+        return said
     if (found := one_head_each(place)) is not None:
         return found
     if SINGLE.fullmatch(place.child):
         return stored()
-    if FUSED.search(place.child):
-        return "its name says that several matrices share it"
-    return _by_size(place) or stored()
+    return place.fused or _by_size(place) or stored()
+
+
+def _gated_q(place: Place) -> Declared | str:
+    """How a q_proj is stored that is twice as tall as its heads; '' for another."""
+    count, width = place.find(*_HEADS), place.find("head_dim")
+    if place.find("qk_nope_head_dim") or not count or place.shape[0] != 2 * count * width:
+        return ""
+    if place.within("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention"):
+        return gated(place) or ""
+    return f"its {place.shape[0]} rows are twice its {count} heads of {width}"
 
 
 def _by_size(place: Place) -> str:
@@ -217,7 +263,22 @@ def _by_size(place: Place) -> str:
         return f"its {rows} rows are twice the {inner} of its MLP"
     if _in_attention(place) and rows == 3 * cols:
         return f"its {rows} rows in an attention are 3 times its {cols} columns"
+    beside = _beside(place)
+    if not any(other.in_features == rows for other in beside):
+        for other in beside:
+            parts, rest = divmod(rows, other.in_features)
+            if other.out_features == cols and rest == 0 and parts in (2, 3):
+                return f"nothing reads {rows}, but a Linear beside it reads {other.in_features}"
     return ""
+
+
+def _beside(place: Place) -> list[nn.Linear]:
+    """The other Linears of the nearest module around that has any."""
+    for holder in place.parents:
+        own = [m for m in holder.modules() if isinstance(m, nn.Linear) and m is not place.module]
+        if own:
+            return own
+    return []
 
 
 def conv1d(place: Place) -> Declared | str:
@@ -227,21 +288,26 @@ def conv1d(place: Place) -> Declared | str:
         names = ("q", "k", "v")[-(d_out // d_in) :]
         sizes = dict.fromkeys(names, d_in)
         return fused(**sizes, heads=_heads(place, d_in), transposed=True)
-    if FUSED.search(place.child):
-        return "its name says that several matrices share it"
+    if place.fused:
+        return place.fused
     heads = _heads(place, d_in if place.child == "c_proj" else d_out)
     if heads and _in_attention(place) and place.child in ("c_proj", "q_attn"):
         return stored(transposed=True, heads=heads, head_axis=int(place.child == "c_proj"))
     return stored(transposed=True)
 
 
-def convolution(place: Place) -> Declared:
+def convolution(place: Place) -> Declared | str:
     """A convolution: one matrix (d_out, d_in positions) for each group of channels."""
     groups: int = place.module.groups  # type: ignore[assignment]
+    d_out, kernel = place.shape[0], len(place.shape) - 2
     if place.shape[1] == 1 and groups > 1:  # each channel by itself: no matrix
         return Declared(Role.OTHER)
-    splits = (place.shape[0] // groups,) * groups if groups > 1 else ()
-    return stored(kernel=len(place.shape) - 2, splits=splits)
+    if place.fused:
+        return place.fused
+    if place.child == "pointwise_conv1" and d_out == 2 * place.shape[1]:  # of a conformer: gated
+        return stored(kernel=kernel, splits=(d_out // 2,) * 2)
+    splits = (d_out // groups,) * groups if groups > 1 else ()
+    return stored(kernel=kernel, splits=splits)
 
 
 def recurrent(place: Place) -> Declared:
@@ -288,9 +354,12 @@ def read(place: Place) -> Declared | str:
     module, names = place.module, classes(place.module)
     if "bias" in place.leaf:
         return Declared(Role.BIAS)
-    if any("norm" in name.lower() for name in names[:-2]):
+    if place.leaf in ("A_log", "A"):  # rates of state spaces
+        return Declared(Role.OTHER)
+    if is_norm(module):
         return Declared(Role.GAIN)
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    embeds = any("Embedding" in name for name in names) and hasattr(module, "padding_idx")
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or embeds:
         return Declared(Role.EMBEDDING)
     if isinstance(module, nn.MultiheadAttention):
         return attention(place)
@@ -311,6 +380,12 @@ def read(place: Place) -> Declared | str:
     if place.shape[0] == 1 and re.search(r"pos|token|emb", place.leaf):
         return Declared(Role.OTHER)  # a table that is added to every sequence
     return f"no role can be read from its module type {names[0]}"
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises what passes; not a Linear that does so besides."""
+    named = any("norm" in name.lower() for name in classes(module)[:-2])
+    return named and not hasattr(module, "in_features") and not hasattr(module, "in_channels")
 
 
 def _is_linear(place: Place) -> bool:

@@ -2,91 +2,125 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
-from geon.optim.families import classes
+from geon.optim.families import FUSED
+from geon.optim.tree import Tree
 
-HEADS = re.compile(
-    r"(lm_|mlm_|cls_|score_|action_)?heads?|score|classifier|decoder|embed_out|unembed(ding)?"
-    r"|output|output_layer|output_projection|proj_out|qa_outputs|logits|fc_out|out"
+NAMED = re.compile(
+    r"(\w+_)?(heads?|classifier)(_\w+)?|score|embed_out|unembed\w*|qa_outputs|seq_relationship"
+    r"|\w*logits\w*|(\w+_)?pred(ictions)?|sequence_summary"
 )
-"""Names of a last layer."""
-WRAPPERS = re.compile(
-    r"module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|base_model"
-    r"|original_module|modules_to_save"
+"""Names of last layers, or of modules that end in one, wherever they are."""
+OUTERMOST = re.compile(
+    r"out|outputs?|output_(layer|projection)|proj_out|decoder|fc_out|fc|readout|linear_out|out_proj"
 )
-"""Names that wrappers put into a path: compile, DDP, FSDP, checkpointing, LoRA."""
-
-
-def bare(name: str) -> str:
-    """A name without the parts that wrappers put into it."""
-    return ".".join(part for part in name.split(".") if not WRAPPERS.fullmatch(part))
+"""Names that inner layers have too: of last layers at the top of a model, or in a module above."""
 
 
 def last_layers(model: nn.Module) -> set[int]:
     """Identities of the weights of last layers.
 
-    These are a transformers model's output embedding; Linears with the name of a last layer, or at
-    the end of a Sequential with such a name; the end of an outermost Sequential. If there are none:
-    the last Linear that is as wide as the vocabulary, or that is the last of the model's own
-    modules. What lies in one of several numbered layers is none of these, but for the Sequentials.
+    These are a transformers model's output embedding, and Linears with the name of a last layer or
+    at the end of a module with such a name, outside numbered layers. In models of other packages
+    also the one Linear that is as wide as a vocabulary, and that nothing reads; and the Linears at
+    the end of the model, alone or in Sequentials, that nothing reads.
     """
-    root = _unwrapped(model)
-    output = getattr(root, "get_output_embeddings", None)
-    modules = {path: module for path, module in root.named_modules() if _single(path)}
-    found = [output() if callable(output) else None, _end(root, isinstance(root, nn.Sequential))]
-    for path, module in modules.items():
-        *above, name = path.split(".")
-        around = classes(root.get_submodule(".".join(above)))
-        named = HEADS.fullmatch(name) is not None
-        if name == "out_proj":
-            named = any("ClassificationHead" in kind for kind in around)
-        if named and not any("Attention" in kind for kind in around):
-            found.append(module if _is_linear(module) else _end(module, False))
-    if not any(_is_linear(module) for module in found):
-        tokens = [m.num_embeddings for m in root.modules() if isinstance(m, nn.Embedding)]
-        linears = [module for module in modules.values() if _is_linear(module)]
-        wide = [m for m in linears if tokens and m.weight.shape[0] == max(tokens)]
-        several = sum(_has_matrix(child) for child in root.children()) > 1
-        found += wide[-1:] or [_end(root, True) if several and not callable(output) else None]
-    return {id(module.weight) for module in found if module is not None and _is_linear(module)}
+    tree = Tree(model)
+    output = getattr(tree.module(""), "get_output_embeddings", None)
+    found = set(_named(tree))
+    if callable(output):
+        own = output()
+        found |= {path for path in tree.paths if any(m is own for m in tree.modules[path])}
+    elif not (found := found | set(_as_wide_as_a_vocabulary(tree))):
+        found = set(_ends(tree))
+    return {
+        id(module.weight)
+        for path in found
+        for module in tree.modules[path]
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
 
 
-def _single(path: str) -> bool:
-    """Whether a path lies in no numbered layer."""
-    return bool(path) and not any(part.isdigit() for part in path.split("."))
+def _numbered(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
 
 
-def _is_linear(module: Any) -> bool:
-    return isinstance(module, nn.Linear) or (module is not None and "Conv1D" in classes(module))
+def _named(tree: Tree) -> Iterator[str]:
+    """Paths of Linears that a name says to be last."""
+    top = tree.top
+    for path in tree.paths:
+        above, _, name = path.rpartition(".")
+        if not path or _numbered(path) or tree.within(above, "Attention"):
+            continue
+        outermost = above == top or NAMED.fullmatch(above.rpartition(".")[2])
+        named = NAMED.fullmatch(name) is not None
+        if named or (OUTERMOST.fullmatch(name) and outermost):
+            yield from _end(tree, path, deep=named)
 
 
-def _end(module: nn.Module, direct: bool) -> Any:
-    """The Linear at the end of a module, inside nothing but Sequentials.
+def _end(tree: Tree, path: str, deep: bool = False) -> Iterator[str]:
+    """The Linear that a module ends in, itself if it is one; of each entry of a list or dict.
 
-    direct: whether it may be a child of the module itself, if that is no Sequential.
+    deep: look into modules that are no Sequentials, and leave square Linears there: these lie
+        before the last one.
     """
-    within = [child for child in module.children() if _has_matrix(child)]
-    if not within:
-        return None
-    if _is_linear(within[-1]):
-        return within[-1] if direct or isinstance(module, nn.Sequential) else None
-    return _end(within[-1], False) if isinstance(within[-1], nn.Sequential) else None
+    if tree.is_linear(path):
+        yield path
+        return
+    within = [child for child in tree.children(path) if tree.has_matrix(child)]
+    if deep and tree.isinstance(path, nn.ModuleList | nn.ModuleDict):
+        for child in within:
+            yield from _end(tree, child, deep)
+    elif within and (deep or tree.isinstance(path, nn.Sequential)):
+        square = tree.is_linear(within[-1]) and len(set(tree.sizes(within[-1]))) == 1
+        if not (square and deep and not tree.isinstance(path, nn.Sequential)):
+            yield from _end(tree, within[-1], deep)
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    return any(param.dim() > 1 for param in module.parameters())
+def _as_wide_as_a_vocabulary(tree: Tree) -> Iterator[str]:
+    """The Linear outside numbered layers that is as wide as an Embedding is long.
+
+    None if there are several, or if another module reads that many.
+    """
+    tables = {
+        module.num_embeddings
+        for modules in tree.modules.values()
+        for module in modules
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    }
+    wide = [
+        path
+        for path in tree.paths
+        if tree.is_linear(path)
+        and not _numbered(path)
+        and tree.sizes(path)[0] in tables
+        and tree.sizes(path)[0] not in tree.read(path, "")
+    ]
+    if len(wide) == 1:
+        yield from wide
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside compile, DDP, checkpointing and LoRA."""
-    inner = list(_inner(model))
-    return _unwrapped(inner[0]) if inner else model
-
-
-def _inner(model: nn.Module) -> Iterator[nn.Module]:
-    for name, child in model.named_children():
-        if WRAPPERS.fullmatch(name) and sum(1 for _ in model.children()) == 1:
-            yield child
+def _ends(tree: Tree) -> Iterator[str]:
+    """Linears at the end of the model's own modules whose output no other of these reads."""
+    top = tree.top
+    children = [path for path in tree.children(top) if tree.has_matrix(path)]
+    if tree.isinstance(top, nn.Sequential):
+        yield from _end(tree, top)
+        return
+    if len(children) < 2:
+        for path in children:
+            if tree.isinstance(path, nn.Sequential):
+                yield from _end(tree, path)
+        return
+    ends = {path: end for path in children for end in _end(tree, path)}
+    ends = {path: end for path, end in ends.items() if not FUSED.search(end)}
+    free = [p for p, end in ends.items() if tree.sizes(end)[0] not in tree.read(p, top)]
+    run: list[str] = []
+    for path in reversed(children):
+        if path not in free:
+            break
+        run.append(path)
+    chosen = run or (free if len(free) == 1 else [])
+    yield from (ends[path] for path in chosen)

@@ -134,6 +134,12 @@ class ParamInfo:
     def _check_splits(self) -> None:
         if self.split_axis not in (0, 1):
             raise ValueError(f"{self.name}: split_axis {self.split_axis} is not 0 or 1")
+        if self.head_axis not in (0, 1) and not self.heads:
+            raise ValueError(f"{self.name}: head_axis {self.head_axis} is not 0 or 1")
+        if type(self.interleaved) is not int or self.interleaved < 0:
+            raise ValueError(
+                f"{self.name}: interleaved {self.interleaved} is not a number of stretches"
+            )
         if not self.splits:
             if self.interleaved or self.split_axis:
                 raise ValueError(f"{self.name}: interleaved and split_axis need splits")

@@ -85,7 +85,7 @@ def imports():
 PARTS = "optim.adamw optim.baselines optim.build optim.classify optim.declare optim.entries"
 PARTS += " optim.families optim.groups optim.hybrid optim.last_layers optim.linalg optim.matrices"
 PARTS += " optim.readings optim.roles optim.router optim.routing optim.rule optim.state optim.step"
-PARTS += " optim.storage optim.views optim.words"
+PARTS += " optim.storage optim.tree optim.views optim.words"
 PARTS += " optim.finishes optim.manifolds optim.norms optim.polar optim.shard optim.solvers"
 ARROWS = {
     "geon": "",
@@ -102,16 +102,16 @@ ARROWS = {
     "optim.roles": "optim.views",
     "optim.router": "optim.roles",
     "optim.declare": "optim.roles",
-    "optim.families": "optim.declare optim.roles",
-    "optim.last_layers": "optim.families",
-    "optim.classify": "optim.declare optim.families optim.last_layers optim.roles",
+    "optim.tree": "",
+    "optim.families": "optim.declare optim.roles optim.tree",
+    "optim.last_layers": "optim.families optim.tree",
+    "optim.classify": "optim.declare optim.families optim.last_layers optim.roles optim.tree",
     "optim.words": "configs.choices configs.recipes optim.adamw optim.baselines optim.entries"
     " optim.finishes optim.linalg optim.manifolds optim.norms optim.polar optim.rule optim.solvers",
     "optim.routing": "configs.choices configs.recipes optim.entries optim.groups optim.matrices"
     " optim.roles optim.router optim.rule optim.words",
     "optim.build": "configs.choices configs.recipes optim.classify optim.groups optim.hybrid"
-    " optim.last_layers"
-    " optim.roles optim.routing optim.shard",
+    " optim.roles optim.routing optim.shard optim.tree",
     "optim.entries": "",
     "optim.adamw": "optim.entries optim.step",
     "optim.baselines": "optim.entries",

@@ -147,6 +147,13 @@ def test_what_is_unsure_is_refused_told_or_left_to_the_rest(capsys):
     assert capsys.readouterr().out.rstrip().endswith("unsure, so stepped as the rest: qkv.weight")
 
 
+def test_a_head_that_is_called_by_hand_is_asked_for(capsys):
+    build(nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8)), "muon")
+    assert "no head was found" in capsys.readouterr().out
+    build(toy(), "muon")
+    assert "no head" not in capsys.readouterr().out
+
+
 def test_weights_are_brought_to_their_manifold_and_it_is_said(capsys):
     model = toy()
     optimizer = build(model, "manifold_muon")

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -16,26 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from geon.errors import UsageError
 from geon.optim import ParamInfo, Role, classify, fused, stored
 from tests.library.families import HEADS, WIDTH, NanoGPT, make
-
-
-def roles(model, **options):
-    return {info.name: str(info.role) for info in classify(model, **options)}
-
-
-def weights(model, **options):
-    """Roles of weights of two dimensions or more."""
-    return {
-        i.name: str(i.role)
-        for i in classify(model, **options)
-        if len(i.shape) > 1 and i.role != "bias"
-    }
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+from tests.library.toys import Holds, linear, net, roles, weights
 
 
 def bare(names):
@@ -90,6 +70,8 @@ def lora(family, targets, **options):
 
 
 def test_adapters_are_hidden_matrices_and_their_base_is_what_it_was():
+    phi = {i.name.split("layers.0.")[-1]: i for i in classify(lora("Phi-3", ["qkv_proj"]))}
+    assert phi["self_attn.qkv_proj.lora_B.default.weight"].splits == (32, 16, 16)
     found = {i.name: i for i in classify(lora("GPT-2", ["c_attn", "c_fc"]))}
     base = "base_model.model.transformer.h.0.attn.c_attn."
     assert found[f"{base}base_layer.weight"].splits == (WIDTH,) * 3
@@ -129,65 +111,6 @@ def test_a_head_that_shares_an_embedding_is_tied_whichever_comes_first(head_firs
     assert weights(Tied(head_first)) == {name: "tied", "up.weight": "hidden"}
 
 
-def net(*layers):
-    return nn.Sequential(*layers)
-
-
-class Holds(nn.Module):
-    """A module with these parts."""
-
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-
-def linear(rows=8, cols=8):
-    return nn.Linear(cols, rows, bias=False)
-
-
-def block():
-    return Holds(mlp=net(linear(16, 8), nn.GELU(), linear(8, 16)))
-
-
-HEADS_OF = {
-    "mlp": (net(linear(), nn.ReLU(), linear(), nn.ReLU(), linear(3)), ["4.weight"]),
-    "nested": (net(linear(), net(nn.ReLU(), net(linear(), linear(3)))), ["1.1.1.weight"]),
-    "ends in a norm": (net(linear(), linear(3), nn.BatchNorm1d(3)), ["1.weight"]),
-    "a module's": (Holds(net=net(linear(), nn.ReLU(), linear(3))), ["net.2.weight"]),
-    "its own": (Holds(one=linear(), two=linear(), three=linear(3)), ["three.weight"]),
-    "named head": (
-        Holds(head=net(linear(), nn.ReLU(), linear(3)), trunk=net(linear(), block())),
-        ["head.2.weight"],
-    ),
-    "blocks": (Holds(embed=nn.Embedding(5, 8), blocks=net(block(), block())), []),
-    "list of blocks": (Holds(blocks=nn.ModuleList([block(), block()])), []),
-    "names": (
-        Holds(**{n: linear(3) for n in ("score", "classifier", "decoder", "qa_outputs")}),
-        ["score.weight", "classifier.weight", "decoder.weight", "qa_outputs.weight"],
-    ),
-    "as wide as the vocabulary": (
-        Holds(tokens=nn.Embedding(31, 8), to_words=linear(31), after=linear()),
-        ["to_words.weight"],
-    ),
-    "hidden as wide as the vocabulary": (
-        Holds(
-            tokens=nn.Embedding(16, 8),
-            blocks=nn.ModuleList([block(), block()]),
-            lm_head=linear(16),
-        ),
-        ["lm_head.weight"],
-    ),
-    "one alone": (linear(), []),
-}
-
-
-@pytest.mark.parametrize("kind", list(HEADS_OF))
-def test_last_layers_are_heads(kind):
-    model, heads = HEADS_OF[kind]
-    assert [name for name, role in weights(model).items() if role == "head"] == heads
-
-
 def unknown():
     return Holds(
         layers=nn.ModuleList(
@@ -205,14 +128,96 @@ def test_all_unsure_parameters_are_named_at_once_with_lines_that_work():
     assert "unsure about 7 parameters" in said
     for words in ("'layers.0.qkv.weight' (24, 8), 3 of them", "'table' (5, 8)", "fallback=True"):
         assert words in said
-    lines = re.findall(r'^    ("[^"]+"): (.+),$', said, re.M)
-    written = {
-        eval(glob): eval(said.split("#")[0], {"fused": fused, "stored": stored})
-        for glob, said in lines
-    }
+    written = pasted(said)
     assert sorted(written) == ["layers.*.mix.weight", "layers.*.qkv.weight", "table"]
-    found = {i.name: i for i in classify(unknown(), {**written, "layers.*.mix.weight": "other"})}
+    found = {i.name: i for i in classify(unknown(), written)}
     assert found["layers.1.qkv.weight"].splits == (8, 8, 8)
+
+
+def pasted(said):
+    """The lines of a refusal, as a user would paste them into a call."""
+    lines = [line for line in said.splitlines() if line.startswith("    ")]
+    return eval("{\n" + "\n".join(lines) + "\n}", {"fused": fused, "stored": stored})
+
+
+def test_a_line_names_no_parameter_but_those_that_are_unsure():
+    """Where a glob would match others, or weights of other shapes, each is written out."""
+    model = net(nn.ConvTranspose2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), linear(3))
+    sure = {"1.weight": "hidden", "3.weight": "head"}
+    assert {n: r for n, r in weights(model, fallback=True).items() if n in sure} == sure
+    with pytest.raises(UsageError, match='"0.weight": "other",') as caught:
+        classify(model)
+    found = weights(model, overrides=pasted(str(caught.value)))
+    assert found == {"0.weight": "other", **sure}
+    stages = Holds(
+        stages=nn.ModuleList(Holds(qkv=linear(3 * size, size)) for size in (8, 8, 16)),
+        head=linear(3),
+    )
+    with pytest.raises(UsageError) as caught:
+        classify(stages)
+    splits = [i.splits for i in classify(stages, pasted(str(caught.value))) if i.splits]
+    assert splits == [(8,) * 3, (8,) * 3, (16,) * 3]
+
+
+class NormalisedLinear(nn.Linear):
+    """A Linear with a norm in its name."""
+
+
+class GEGLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = linear(32)
+
+
+UNSURE = {
+    "k and v": Holds(q=linear(), kv=linear(16), proj=linear(), head=linear(3)),
+    "q and k": Holds(attn=Holds(qk=linear(16), v=linear()), head=linear(3)),
+    "under a name": Holds(qkv=Holds(linear=linear(24)), head=linear(3)),
+    "latent": Holds(wkv_b=linear(24), head=linear(3)),
+    "gated": Holds(mlp=Holds(w_in=linear(32), w_out=linear(8, 16)), head=linear(3)),
+    "gated by a module": Holds(
+        ff=Holds(net=nn.ModuleList([GEGLU(), linear(8, 16)])), head=linear(3)
+    ),
+    "three in one": Holds(mix=Holds(there=linear(24), back=linear()), head=linear(3)),
+    "convolution": Holds(qkv=Holds(conv=nn.Conv1d(8, 24, 1, bias=False)), head=linear(3)),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNSURE))
+def test_what_several_matrices_may_share_is_never_one_without_a_word(kind):
+    with pytest.raises(UsageError, match="unsure about 1 parameters"):
+        classify(UNSURE[kind])
+
+
+def test_a_plain_mlp_is_not_suspected():
+    for model in (
+        Holds(fc1=linear(16), fc2=linear(8, 16), head=linear(3)),
+        Holds(up=linear(32), act=nn.GELU(), down=linear(8, 32), head=linear(3)),
+        Holds(a=linear(16), b=linear(16), both=linear(8, 16), head=linear(3)),
+        Holds(normal=NormalisedLinear(8, 16, bias=False), back=linear(8, 16), head=linear(3)),
+    ):
+        assert set(weights(model).values()) == {"hidden", "head"}
+
+
+def test_gated_queries_are_fused_head_by_head():
+    """Qwen3-Next's q_proj holds q and the gate of the output for each head."""
+    config = hf.Qwen3NextConfig(
+        vocab_size=97,
+        hidden_size=WIDTH,
+        intermediate_size=44,
+        num_hidden_layers=1,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["full_attention"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    found = {i.name: i for i in classify(hf.Qwen3NextForCausalLM(config), fallback=True)}
+    info = found["model.layers.0.self_attn.q_proj.weight"]
+    assert (info.splits, info.interleaved) == ((WIDTH, WIDTH), HEADS)
 
 
 def test_the_fallback_leaves_them_to_the_rest():
@@ -275,6 +280,8 @@ def test_roles_of_a_model_or_of_a_module_in_it_are_read(said, inside):
     assert found["qkv.weight"].splits == (8, 8, 8)
     assert found["table"].role == Role.EMBEDDING
     assert {"core.table"} <= set(roles(model)) if inside else True
+    compiled = torch.compile(model, backend="eager")
+    assert list(roles(compiled).values()) == list(roles(model).values())
     over = {"*qkv.weight": "other"}
     assert {i.name: i for i in classify(model, over)}[
         f"{'core.' * inside}qkv.weight"
@@ -286,6 +293,14 @@ def test_roles_that_do_not_fit_are_refused():
         UsageError, match=r"roles\(\) of Declares declares 'qvk.weight'.*qkv.weight"
     ):
         classify(Declares({"qvk.weight": "hidden"}))
+    twice = [ParamInfo("qkv.weight", (24, 8), Role.HIDDEN)] * 2
+    with pytest.raises(UsageError, match="declares 'qkv.weight' twice"):
+        classify(Declares(twice))
+    for said in (None, "hidden", 3, [("qkv.weight", "hidden")]):
+        with pytest.raises(UsageError, match="expected a list of ParamInfo"):
+            classify(Declares(said))
+    with pytest.raises(UsageError, match="map to a role, stored"):
+        classify(Declares({"table": None}))
     wrong = [ParamInfo("qkv.weight", (16, 8), Role.HIDDEN)]
     with pytest.raises(UsageError, match=r"'qkv.weight'.*\(16, 8\).*\(24, 8\)"):
         classify(Declares(wrong))

@@ -308,5 +308,7 @@ def test_flattened_groups_are_refused_by_name():
     optimizer = HybridOptimizer([Group("rest", AdamW(), 0.1, members)])
     optimizer.param_groups[0]["params"] = [torch.zeros(20)]
     for call in (optimizer.step, optimizer.state_dict):
-        with pytest.raises(UsageError, match="'rest' was made of 2 parameters and now holds 1 tens"):
+        with pytest.raises(
+            UsageError, match="'rest' was made of 2 parameters and now holds 1 tens"
+        ):
             call()

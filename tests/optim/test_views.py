@@ -241,7 +241,8 @@ def test_adamw_steps_weights_of_any_shape_as_torch_does(shape):
         (fused(a=2, b=2, axis=1, interleaved=2), (6, 4), "do not lie in 2 equal stretches"),
         (fused(a=4, b=2, heads=(2, 1, 1)), (6, 4), "give one number, or one for each of splits"),
         (fused(a=4, b=2, heads=(2, 4)), (6, 4), "2 rows do not divide into 4 heads"),
-        (stored(turned=True), (6, 4), "unexpected keyword argument 'turned'"),
+        (stored(head_axis=7), (6, 4), "head_axis 7 is not 0 or 1"),
+        (fused(a=3, b=3, interleaved=-3), (6, 4), "interleaved -3 is not a number"),
     ],
 )
 def test_what_cannot_be_stored_so_is_refused_by_name(said, shape, words):
@@ -252,8 +253,12 @@ def test_what_cannot_be_stored_so_is_refused_by_name(said, shape, words):
 def test_words_for_people():
     with pytest.raises(UsageError, match=r"'haed' is not one of .* Did you mean 'head'\?"):
         stored("haed")
-    with pytest.raises(UsageError, match="needs the size of each part"):
-        fused(heads=2)
+    for parts in ({}, {"q": 32.0}, {"a": ...}):
+        with pytest.raises(UsageError, match="needs the size of each part"):
+            fused(heads=2, **parts)
+    with pytest.raises(UsageError, match="not turned. Did you mean 'transposed'"):
+        stored(turned=True)
+    assert fused(q=4, k=2, heads=[2, 1]).info("w", [6, 4]).heads == (2, 1)
     assert View(transposed=True, shares=(1, 1)).describe() == "transposed, interleaved"
     assert View(depth=3).describe() == "kernel"
     assert View().describe() == ""

@@ -1,0 +1,151 @@
+"""Which Linears are heads: by name, by place, by width; in wrappers too."""
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from tests.library.families import HEADS, WIDTH
+from tests.library.toys import Holds, block, linear, net, weights
+
+HEADS_OF = {
+    "mlp": (net(linear(), nn.ReLU(), linear(), nn.ReLU(), linear(3)), ["4.weight"]),
+    "nested": (net(linear(), net(nn.ReLU(), net(linear(), linear(3)))), ["1.1.1.weight"]),
+    "ends in a norm": (net(linear(), linear(3), nn.BatchNorm1d(3)), ["1.weight"]),
+    "a module's": (Holds(net=net(linear(), nn.ReLU(), linear(3))), ["net.2.weight"]),
+    "its own": (Holds(one=linear(), two=linear(), three=linear(3)), ["three.weight"]),
+    "named head": (
+        Holds(head=net(linear(), nn.ReLU(), linear(3)), trunk=net(linear(), block())),
+        ["head.2.weight"],
+    ),
+    "blocks": (Holds(embed=nn.Embedding(5, 8), blocks=net(block(), block())), []),
+    "list of blocks": (Holds(blocks=nn.ModuleList([block(), block()])), []),
+    "names": (
+        Holds(**{n: linear(3) for n in ("score", "classifier", "decoder", "qa_outputs")}),
+        ["score.weight", "classifier.weight", "decoder.weight", "qa_outputs.weight"],
+    ),
+    "as wide as the vocabulary": (
+        Holds(tokens=nn.Embedding(31, 8), to_words=linear(31), after=linear()),
+        ["to_words.weight"],
+    ),
+    "hidden as wide as the vocabulary": (
+        Holds(
+            tokens=nn.Embedding(16, 8),
+            blocks=nn.ModuleList([block(), block()]),
+            lm_head=linear(16),
+        ),
+        ["lm_head.weight"],
+    ),
+    "one alone": (linear(), []),
+    "after convolutions": (
+        Holds(conv1=nn.Conv2d(3, 8, 3), layer1=net(nn.Conv2d(8, 8, 3)), fc=linear(3)),
+        ["fc.weight"],
+    ),
+    "after a recurrence": (
+        Holds(bag=nn.EmbeddingBag(31, 8), core=nn.LSTM(8, 8), last=linear(3)),
+        ["last.weight"],
+    ),
+    "inside a holder": (
+        Holds(model=Holds(fc1=linear(), fc2=linear(), fc3=linear(3))),
+        ["model.fc3.weight"],
+    ),
+    "policy and value": (
+        Holds(trunk=net(linear(), nn.ReLU()), pi=linear(4), v=linear(2)),
+        ["pi.weight", "v.weight"],
+    ),
+    "actor and critic": (
+        Holds(
+            actor=net(linear(16), nn.ReLU(), linear(4, 16)),
+            critic=net(linear(16), nn.ReLU(), linear(2, 16)),
+        ),
+        ["actor.2.weight", "critic.2.weight"],
+    ),
+    "list of heads": (
+        Holds(trunk=linear(), heads=nn.ModuleList([linear(3), linear(5)])),
+        ["heads.0.weight", "heads.1.weight"],
+    ),
+    "heads by name": (
+        Holds(trunk=linear(), heads=nn.ModuleDict({"pos": linear(3), "ner": linear(5)})),
+        ["heads.pos.weight", "heads.ner.weight"],
+    ),
+    "inner outputs": (
+        Holds(
+            emb=nn.Embedding(31, 8),
+            block_a=Holds(mlp=net(linear(), linear()), out=linear()),
+            block_b=Holds(mlp=net(linear(), linear()), out=linear()),
+            to_tokens=linear(31),
+        ),
+        ["to_tokens.weight"],
+    ),
+    "an MLP as wide as the vocabulary": (
+        Holds(emb=nn.Embedding(16, 8), up=linear(16), down=linear(8, 16), last=linear(3)),
+        ["last.weight"],
+    ),
+    "an MLP as wide as the positions": (
+        Holds(
+            tok=nn.Embedding(31, 8),
+            pos=nn.Embedding(16, 8),
+            up=linear(16),
+            down=linear(8, 16),
+            to_words=linear(31),
+        ),
+        ["to_words.weight"],
+    ),
+    "registered backwards": (Holds(last=linear(3), first=linear(8, 5)), ["last.weight"]),
+    "no head, fused": (Holds(qkv=linear(24), proj=linear()), []),
+    "of a block": (Holds(head=Holds(dense=linear(), norm=nn.LayerNorm(8))), []),
+}
+
+
+@pytest.mark.parametrize("kind", list(HEADS_OF))
+def test_last_layers_are_heads(kind):
+    model, heads = HEADS_OF[kind]
+    found = weights(model, fallback=True)
+    assert [name for name, role in found.items() if role == "head"] == heads
+
+
+BERT = {
+    "vocab_size": 97,
+    "hidden_size": WIDTH,
+    "intermediate_size": 44,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+}
+HF_HEADS = {
+    "pretraining": (lambda: hf.BertForPreTraining(hf.BertConfig(**BERT)), ["cls.seq_relationship"]),
+    "questions": (lambda: hf.BertForQuestionAnswering(hf.BertConfig(**BERT)), ["qa_outputs"]),
+    "a classification head": (
+        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**BERT)),
+        ["classifier.out_proj"],
+    ),
+    "a backbone": (lambda: hf.BertModel(hf.BertConfig(**{**BERT, "vocab_size": WIDTH})), []),
+    "quantised": (lambda: hf.IBertForMaskedLM(hf.IBertConfig(**BERT)), []),
+    "saved beside adapters": (
+        lambda: get_peft_model(
+            hf.BertForSequenceClassification(hf.BertConfig(**BERT)),
+            LoraConfig(task_type="SEQ_CLS", target_modules=["query"]),
+        ),
+        ["classifier.original_module", "classifier.modules_to_save.default"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(HF_HEADS))
+def test_last_layers_of_transformers_are_heads(kind):
+    make_model, heads = HF_HEADS[kind]
+    found = weights(make_model(), fallback=True)
+    assert [
+        name.removeprefix("base_model.model.").removesuffix(".weight")
+        for name, role in found.items()
+        if role == "head"
+    ] == heads
+    if kind == "quantised":
+        assert next(role for n, role in found.items() if "word_embeddings" in n) == "tied"
+
+
+def test_a_last_layer_that_is_wrapped_itself_is_a_head():
+    for wrap in (lambda m: torch.compile(m, backend="eager"), checkpoint_wrapper):
+        model = Holds(up=linear(16), classifier=wrap(linear(3, 16)))
+        assert list(weights(model).values()) == ["hidden", "head"]
