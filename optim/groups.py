@@ -168,6 +168,22 @@ def check_groups(
             _check_role(info, group)
 
 
+def check_count(group: Mapping[str, Any]) -> None:
+    """Refuse a param group whose parameters a framework has put into one tensor.
+
+    Raises:
+        UsageError: names the group.
+    """
+    names, params = group["param_names"], group["params"]
+    if len(names) != len(params):
+        raise UsageError(
+            f"group '{group['name']}' was made of {len(names)} parameters and now holds "
+            f"{len(params)} tensors: a framework has flattened them (DeepSpeed ZeRO 1 to 3 does), "
+            "so there are no matrices to step; shard by fully_shard (FSDP2), or see "
+            "docs/library.md"
+        )
+
+
 def _identities(param: Tensor) -> Iterable[Any]:
     """Yield keys of a parameter's tensor; two parameters that share a key are one tensor."""
     yield id(param)

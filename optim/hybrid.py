@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
-from geon.optim.groups import Group, check_groups, check_near, cycled, project_
+from geon.optim.groups import Group, check_count, check_groups, check_near, cycled, project_
 from geon.optim.linalg import ieee_products
 from geon.optim.matrices import plan_of
 from geon.optim.readings import Readings
@@ -161,15 +161,8 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     def _named(self) -> Iterable[tuple[dict[str, Any], str, Tensor]]:
         for group in self.param_groups:
-            names, params = group["param_names"], group["params"]
-            if len(names) != len(params):
-                raise UsageError(
-                    f"group '{group['name']}' was made of {len(names)} parameters and now holds "
-                    f"{len(params)} tensors: a framework has flattened them (DeepSpeed ZeRO 1 to 3 "
-                    "does), so there are no matrices to step; shard by fully_shard (FSDP2), or see "
-                    "docs/library.md"
-                )
-            for name, param in zip(names, params, strict=True):
+            check_count(group)
+            for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, param
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
