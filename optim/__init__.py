@@ -8,7 +8,7 @@ from geon.optim.declare import Declared, fused, stored
 from geon.optim.entries import EntryRule
 from geon.optim.finishes import FINISHES, Finish
 from geon.optim.groups import Group, on_manifold, project_
-from geon.optim.hybrid import HybridOptimizer, Placement
+from geon.optim.hybrid import HybridOptimizer
 from geon.optim.linalg import Precision
 from geon.optim.manifolds import MANIFOLDS, Euclidean, Manifold, Stiefel
 from geon.optim.matrices import block_scale, check_per_head, matrices_of, plan_of
@@ -18,7 +18,7 @@ from geon.optim.roles import Block, ParamInfo, Role
 from geon.optim.router import Route, route, table
 from geon.optim.routing import Routing, route_by
 from geon.optim.rule import Rule
-from geon.optim.shard import Sharding
+from geon.optim.shard import Placement, Sharding
 from geon.optim.solvers import Ladder, certify, steepest
 
 __all__ = [

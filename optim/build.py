@@ -1,7 +1,7 @@
 """An optimizer for any model in one call."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from typing import Any, overload
 
@@ -14,6 +14,7 @@ from geon.configs.choices import MomentumDtype
 from geon.configs.recipes import OptimConfig, OverrideConfig, fill, read
 from geon.errors import UsageError
 from geon.optim.classify import Override, classified, explain
+from geon.optim.groups import FAR
 from geon.optim.hybrid import HybridOptimizer
 from geon.optim.roles import ParamInfo, Role
 from geon.optim.routing import ROLES, Routing, route_by
@@ -70,8 +71,9 @@ def build(
         element-wise groups are clipped only if this sets "max_norm".
     fallback: leave what nothing sure can be said of to the recipe's rule for the rest, AdamW in
         most, instead of refusing it; it is listed below the table.
-    project: bring weights to the manifolds of their rules now, in place. None does so for a model
-        that was just drawn, and refuses one that says it was loaded from a checkpoint.
+    project: bring weights to the manifolds of their rules now, in place. None does so for those
+        that are far from theirs, and leaves those that were trained there as they are; it refuses a
+        model that says it was loaded from a checkpoint and is far.
     verbose: print on rank 0.
     sharding, mesh: as for `HybridOptimizer`.
 
@@ -93,7 +95,8 @@ def build(
     groups = routing.groups(dict(model.named_parameters()))
     loaded = _loaded_from(model)
     if project or (project is None and not loaded):
-        moved = {name: by for group in groups for name, by in group.project_().items()}
+        near = 0.0 if project else FAR
+        moved = {name: by for group in groups for name, by in group.project_(near).items()}
     else:
         moved = {}
     try:
@@ -114,7 +117,8 @@ def build(
             ) from None
         raise
     if verbose and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        print("\n".join(_report(recipe, routing, moved, list(unsure))))
+        frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+        print("\n".join(_report(recipe, routing, moved, list(unsure), frozen)))
     return optimizer
 
 
@@ -151,10 +155,17 @@ def _loaded_from(model: nn.Module) -> str:
 
 
 def _report(
-    recipe: str, routing: Routing, moved: Mapping[str, float], unsure: Sequence[str]
+    recipe: str,
+    routing: Routing,
+    moved: Mapping[str, float],
+    unsure: Sequence[str],
+    frozen: Collection[str],
 ) -> Iterator[str]:
     yield f"optimizer: {recipe}"
-    yield routing.table()
+    trained = [info for info in routing.infos if info.name not in frozen]
+    yield replace(routing, infos=trained).table()
+    if frozen:
+        yield f"frozen, so left alone: {len(frozen)} parameters"
     far = {name: by for name, by in moved.items() if by > 1e-3}
     if far:
         name = max(far, key=lambda one: far[one])

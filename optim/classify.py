@@ -12,8 +12,9 @@ from torch import nn
 
 from geon.errors import UsageError, nearest
 from geon.optim.declare import Declared, stored
-from geon.optim.families import Place, is_norm, read
+from geon.optim.families import is_norm, read
 from geon.optim.last_layers import last_layers
+from geon.optim.place import Place
 from geon.optim.roles import ParamInfo, Role
 from geon.optim.tree import Tree, bare, classes
 
@@ -61,6 +62,8 @@ def classified(
     Raises:
         UsageError: a glob without a parameter; parameters in pieces that are not DTensors.
     """
+    if not isinstance(overrides, Mapping) or not all(isinstance(glob, str) for glob in overrides):
+        raise UsageError(f"overrides must map globs to roles, stored(..) or fused(..): {overrides}")
     said = {glob: _declared(one) for glob, one in overrides.items()}
     names = {id(param): name for name, param in model.named_parameters()}
     places, declared = _places(model), _roles(model)
@@ -254,7 +257,11 @@ def _line(place: Place) -> tuple[str, str]:
         also = ", transposed=True" if turned else ""
         if rows == 3 * cols:
             parts = f"q={cols}, k={cols}, v={cols}"
-            return f"fused({parts}{also})", "  # interleaved=HEADS if q, k, v come head by head"
+            also += "" if place.child == "qkv" else ", interleaved=..."
+            return (
+                f"fused({parts}{also})",
+                "  # interleaved=HEADS if q, k, v come head by head, or 0",
+            )
         return f"fused(a=..., b=...{also})", f"  # sizes of its {rows} rows; stored() if it is one"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return f"stored(kernel={len(shape) - 2}, splits=(..., ...))", "  # splits of d_out"

@@ -3,12 +3,12 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from geon.optim.declare import Declared, fused, stored
+from geon.optim.place import Place, from_package
 from geon.optim.roles import Role
 from geon.optim.tree import classes
 
@@ -17,73 +17,8 @@ SINGLE = re.compile(
     r"|(q|k|v|o|g|out|query|key|value|gate|up|down)_proj)"
 )
 """Names under which a Linear is one matrix, whatever its size."""
-FUSED = re.compile(
-    r"(?i)qkv|query_key|key_value|queries_keys|c_attn|gate_up|up_gate|q_gate|fused|adaln|modulation"
-    r"|(^|_)(in_proj|x_proj)|kv_([ab]_)?proj|index_qk|(^|_|\bto_|w)(kv|qk)(_|\b|linear)"
-    r"|(^|_)w(12|13)\b"
-)
-"""Marks in a name of a weight that several matrices may share."""
-PASSED_ON = re.compile(r"linear|conv|convolution|proj|dense|\d+")
-"""Names that say nothing: the module above has the name."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter is: what its layout can be read from.
-
-    Attributes:
-        leaf: name in its module.
-        shape: of the whole parameter.
-        module: that holds it.
-        path: of that module, wrappers left out.
-        parents: of the module, the nearest first; wrappers left out.
-    """
-
-    leaf: str
-    shape: tuple[int, ...]
-    module: nn.Module
-    path: str
-    parents: tuple[nn.Module, ...]
-
-    @property
-    def child(self) -> str:
-        """Name of the module in its parent."""
-        return self.path.rpartition(".")[2]
-
-    @property
-    def fused(self) -> str:
-        """Words if the name of the module says that several matrices share its weight; or ''."""
-        *_, above, name = ["", *self.path.split(".")]
-        told = FUSED.search(name) or (PASSED_ON.fullmatch(name) and FUSED.search(above))
-        return "its name says that several matrices share it" if told else ""
-
-    @property
-    def parent(self) -> nn.Module:
-        """The module that holds this one; itself at the root."""
-        return self.parents[0] if self.parents else self.module
-
-    def find(self, *names: str) -> int:
-        """The first of these numbers in the module, its parents and their configs; 0 for none."""
-        for holder in (self.module, *self.parents):
-            for source in (holder, getattr(holder, "config", None)):
-                for name in names:
-                    try:
-                        value = getattr(source, name, None)
-                    except Exception:  # configs whose layers differ refuse to name one number
-                        continue
-                    if isinstance(value, int) and value > 0:
-                        return int(value)
-        return 0
-
-    def within(self, *names: str) -> bool:
-        """Whether the parent is of a class, or derived from one, whose name ends so."""
-        return any(name.endswith(names) for name in classes(self.parent))
-
-
-def from_package(module: nn.Module, package: str) -> bool:
-    """Whether a module's class, or one that it derives from, is of a package."""
-    return any(kind.__module__.split(".")[0] == package for kind in type(module).__mro__)
-
+HALVED = re.compile(r"w1|up_proj|gate_proj")
+"""Those that hold gate and up in models of some."""
 
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
@@ -241,7 +176,7 @@ def linear(place: Place) -> Declared | str:
     if (found := one_head_each(place)) is not None:
         return found
     if SINGLE.fullmatch(place.child):
-        return stored()
+        return _by_size(place) or stored() if HALVED.fullmatch(place.child) else stored()
     return place.fused or _by_size(place) or stored()
 
 
@@ -273,11 +208,12 @@ def _by_size(place: Place) -> str:
 
 
 def _beside(place: Place) -> list[nn.Linear]:
-    """The other Linears of the nearest module around that has any."""
+    """The Linears that come later in the nearest module around that has others."""
     for holder in place.parents:
-        own = [m for m in holder.modules() if isinstance(m, nn.Linear) and m is not place.module]
-        if own:
-            return own
+        own = [m for m in holder.modules() if isinstance(m, nn.Linear)]
+        if len(own) > 1:
+            at = next((i for i, m in enumerate(own) if m is place.module), len(own))
+            return own[at + 1 :]
     return []
 
 
@@ -298,6 +234,8 @@ def conv1d(place: Place) -> Declared | str:
 
 def convolution(place: Place) -> Declared | str:
     """A convolution: one matrix (d_out, d_in positions) for each group of channels."""
+    if place.leaf != "weight" or len(place.shape) < 3:
+        return Declared(Role.OTHER) if _vector(place.shape) else "it is no kernel"
     groups: int = place.module.groups  # type: ignore[assignment]
     d_out, kernel = place.shape[0], len(place.shape) - 2
     if place.shape[1] == 1 and groups > 1:  # each channel by itself: no matrix
@@ -354,9 +292,9 @@ def read(place: Place) -> Declared | str:
     module, names = place.module, classes(place.module)
     if "bias" in place.leaf:
         return Declared(Role.BIAS)
-    if place.leaf in ("A_log", "A"):  # rates of state spaces
+    if place.leaf == "A_log":  # rates of a state space
         return Declared(Role.OTHER)
-    if is_norm(module):
+    if is_norm(module) and place.leaf in ("weight", "gain", "scale", "gamma"):
         return Declared(Role.GAIN)
     embeds = any("Embedding" in name for name in names) and hasattr(module, "padding_idx")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) or embeds:
@@ -384,8 +322,12 @@ def read(place: Place) -> Declared | str:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises what passes; not a Linear that does so besides."""
-    named = any("norm" in name.lower() for name in classes(module)[:-2])
-    return named and not hasattr(module, "in_features") and not hasattr(module, "in_channels")
+    names = classes(module)[:-2]
+    other = any(re.search("Linear|MLP|Conv|Attention|Block|Layer$", name) for name in names)
+    torchs = isinstance(
+        module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.batchnorm._NormBase
+    )
+    return torchs or (any("norm" in name.lower() for name in names) and not other)
 
 
 def _is_linear(place: Place) -> bool:

@@ -1,5 +1,6 @@
 """Param groups: parameters with their rule, held against what was declared of them."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,10 @@ class Group:
             }
         return found | self.rule.hyper
 
-    def project_(self) -> dict[str, float]:
+    def project_(self, within: float = 0.0) -> dict[str, float]:
         """Bring every weight to its manifold, in place; every rank must call on sharded ones.
+
+        within: leave a weight as it is, to the last bit, whose residual is at most this.
 
         Returns: how far each that has a manifold was moved, over its length.
 
@@ -90,17 +93,25 @@ class Group:
         if not isinstance(self.rule, Rule) or not self.rule.manifold.constrains:
             return {}
         return {
-            info.name: project_(info, param, self.rule, self.per_head)
+            info.name: project_(info, param, self.rule, self.per_head, within=within)
             for info, param in self.params
             if param.requires_grad and param.device.type != "meta"
         }
 
 
-def cycled(rules: Iterable[Rule | EntryRule]) -> dict[str, Any]:
-    """What a torch optimizer's `defaults` say may be cycled: OneCycleLR looks there."""
-    found = list(rules)
-    entries = [rule.hyper for rule in found if isinstance(rule, EntryRule)]
-    return {"momentum": 0.95} if len(entries) < len(found) else entries[0]
+def cycled(
+    rules: Mapping[str, Rule | EntryRule], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A torch optimizer's `defaults`: the rate, and what OneCycleLR may cycle.
+
+    The rate is that of the first group: schedules that ask for it divide by it, and multiply all.
+    """
+    used = [rules[group["name"]] for group in groups]
+    entries = [rule.hyper for rule in used if isinstance(rule, EntryRule)]
+    return {
+        "lr": groups[0]["lr"],
+        **({"momentum": 0.95} if len(entries) < len(used) else entries[0]),
+    }
 
 
 def check_idle(rule: Rule | EntryRule, idle: str, where: str) -> None:
@@ -210,15 +221,22 @@ def check_near(info: ParamInfo, weight: Tensor, rule: Rule, per_head: bool) -> N
     Raises:
         UsageError: names the parameter, how far it is, and what mends it.
     """
-    for _, unit in _units(info, weight, rule, per_head):
-        off = max(float(rule.manifold.distance(one)) for one in unit.float())
-        if not off <= FAR:
-            raise UsageError(
-                f"parameter '{info.name}' is not on {type(rule.manifold).__name__}: its residual "
-                f"is {off:.2g}, at most {FAR:g} may be stepped. Bring it there by "
-                "HybridOptimizer(..., project=True), by project_() of its Group or of the "
-                "optimizer, or give it manifold=euclidean"
-            )
+    off = residual(info, weight, rule, per_head)
+    if not off <= FAR:
+        raise UsageError(
+            f"parameter '{info.name}' is not on {type(rule.manifold).__name__}: its residual "
+            f"is {off:.2g}, at most {FAR:g} may be stepped. Bring it there by "
+            "HybridOptimizer(..., project=True), by project_() of its Group or of the "
+            "optimizer, or give it manifold=euclidean"
+        )
+
+
+@torch.no_grad()
+def residual(info: ParamInfo, weight: Tensor, rule: Rule, per_head: bool) -> float:
+    """Largest residual of the blocks of a whole weight; nan if one is not finite."""
+    units = (unit.float() for _, unit in _units(info, weight, rule, per_head))
+    found = [float(rule.manifold.distance(one)) for unit in units for one in unit]
+    return max(found, key=lambda off: math.inf if math.isnan(off) else off, default=0.0)
 
 
 @torch.no_grad()
@@ -261,6 +279,7 @@ def project_(
     per_head: bool = False,
     layout: Layout | None = None,
     ranks: Ranks | None = None,
+    within: float = 0.0,
 ) -> float:
     """Bring a weight to its rule's manifold, in place; every rank must call on a sharded one.
 
@@ -272,6 +291,8 @@ def project_(
         return 0.0
     ranks = ranks or Ranks()
     weight = whole(param, layout, ranks.group)
+    if within and residual(info, weight, rule, per_head) <= within:
+        return 0.0
     near = on_manifold(info, weight, rule, per_head)
     moved = float((near.float() - weight.float()).norm() / weight.float().norm().clamp_min(1e-30))
     lay(near, param, layout, ranks.rank)

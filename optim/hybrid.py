@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from geon.optim.matrices import plan_of
 from geon.optim.readings import Readings
 from geon.optim.roles import ParamInfo
 from geon.optim.rule import Rule
-from geon.optim.shard import Exchange, Layout, Plan, Ranks, Sharding, holding
+from geon.optim.shard import Exchange, Layout, Placement, Plan, Ranks, Sharding, holding
 from geon.optim.state import Here, Member, carried, load_group, loaded, new_state
 from geon.optim.step import (
     Active,
@@ -29,20 +30,13 @@ from geon.optim.step import (
     signature,
     verdict,
 )
-from geon.optim.storage import bytes_of, check_contiguous, whole
+from geon.optim.storage import bytes_of, check_contiguous, settled, whole
 
 _KEPT = (
     *("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings"),
     *("_infos", "_per_head", "_momentum", "_sharding", "_joining", "_begun"),
 )
 """Attributes that copies of an optimizer take along besides torch's own."""
-
-
-class Placement(NamedTuple):
-    """How parameters lie that do not say so themselves: runs that a framework handed over."""
-
-    ranks: Ranks
-    layouts: Mapping[str, Layout]
 
 
 class HybridOptimizer(torch.optim.Optimizer):
@@ -57,9 +51,10 @@ class HybridOptimizer(torch.optim.Optimizer):
     torch.distributed.checkpoint makes state, changes nothing.
 
     State is {"momentum"} and row states for steepest rules, torch's own keys for AdamW, made for
-    trained parameters at once; a DTensor's state is a DTensor. `state_dict` names parameters, and
-    `load_state_dict` matches them by name, with or without "module." and "_orig_mod.", keeps the
-    dtypes that this optimizer was made with, and refuses the state of another rule.
+    trained parameters at once, or on several ranks that do not say how these lie, when they do; a
+    DTensor's state is a DTensor. `state_dict` names parameters, and `load_state_dict` matches them
+    by name, with or without "module." and "_orig_mod.", keeps the dtypes that this optimizer was
+    made with, and refuses the state of another rule.
 
     Every rank must call `step()`, with gradients of the same parameters: on sharded matrices it
     runs the collectives of `plan`. Parameters that are replaced, moved or (un)frozen between steps
@@ -107,11 +102,11 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._adjusted: dict[str, Rule] = {}
         self._exchange: Exchange | None = None
         self._layouts: dict[str, Layout] = {}
-        self._seen: dict[str, tuple[Tensor, tuple[Any, ...]]] = {}
+        self._seen: dict[str, tuple[ReferenceType[Tensor], tuple[Any, ...]]] = {}
         self._joining, self._begun = True, False
         super().__init__([self._register(group) for group in groups if group.params], {})
         self._joining = False
-        self.defaults = cycled(self.rules.values())
+        self.defaults = cycled(self.rules, self.param_groups)
         self._plan()
         if project:
             self.project_()
@@ -155,7 +150,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             self._exchange = None
             raise
         finally:
-            self.defaults = cycled(self.rules[group["name"]] for group in self.param_groups)
+            self.defaults = cycled(self.rules, self.param_groups)
 
     # What there is, by name.
 
@@ -216,8 +211,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     def _plan(self) -> None:
         """Plan for the parameters as they lie, and make the state of those that are trained."""
         named = dict(self.named_parameters())
-        for name, param in named.items():
-            check_contiguous(name, param)
+        for item in named.items():
+            check_contiguous(*item)
         if self._placement is None:
             ranks = Ranks.of(named.items(), self._mesh)
             self._layouts = {name: ranks.layout(name, param) for name, param in named.items()}
@@ -232,8 +227,13 @@ class HybridOptimizer(torch.optim.Optimizer):
         device = next((p.device.type for p in named.values()), "cpu")
         plan = plan_of(members, self._layouts, self._sharding, device)
         self._exchange = Exchange(plan, ranks, self._exchange)
-        self._seen = {name: (param, signature(param)) for name, param in named.items()}
-        for group, name, param in self._named():
+        self._seen = {name: (ref(param), signature(param)) for name, param in named.items()}
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """Make the state that trained parameters lack, once it is known how they lie."""
+        known = self._begun or self._mesh is not None or self._placement is not None
+        for group, name, param in self._named() if known or settled(self._seen.values()) else ():
             if param.requires_grad and not self.state.get(param):
                 self.state[param] = self._new_state(group, name, param)
 
@@ -250,8 +250,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         names = {name for _, name, _ in self._named()}
         changed, arrived = self._exchange is None or self._seen.keys() != names, []
         for group, name, param in self._named():
-            old, planned = self._seen.get(name, (param, ()))
-            if param is not old or signature(param) != planned:
+            was, planned = self._seen.get(name, (ref(param), ()))
+            if param is not (old := was()) or signature(param) != planned:
                 changed = True
                 shape = tuple(self._infos[name].shape)
                 if self._placement is None and tuple(param.shape) != shape:
@@ -260,10 +260,9 @@ class HybridOptimizer(torch.optim.Optimizer):
                         f"made for {shape}: make it again after the model is changed"
                     )
                 arrived += [name] if planned else []
-                if state := self.state.pop(old, None):
+                if old is not None and (state := self.state.pop(old, None)):
                     self.state[param] = carried(state, self._new_state(group, name, param))
-            if param.requires_grad and not self.state.get(param):
-                self.state[param] = self._new_state(group, name, param)
+        self._make_state()
         if changed:
             self._plan()
             self.check_on_manifold(arrived)
@@ -326,6 +325,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         active = [one for one in everyone if one.names or one.coasting]
         self._begun |= bool(active)
         check_begun(self._begun)
+        self._make_state()
         if (go := verdict(active, self.nonfinite, self.ranks)) is not Verdict.GO:
             self.skipped += go is Verdict.SKIP
             return loss
@@ -378,10 +378,10 @@ class HybridOptimizer(torch.optim.Optimizer):
             Member(name, param, self.rules[group["name"]].name, self._new_state(group, name, param))
             for group, name, param in self._named()
         ]
-        for param, state in loaded(state_dict, members).items():
-            self.state[param] = state
-            if not state:
-                del self.state[param]
+        found = loaded(state_dict, members)
+        self.state.clear()
+        self.state |= {p: s for p, s in found.items() if s and state_dict["state"]}
+        self._make_state()
         for group in self.param_groups:
             load_group(group, state_dict["param_groups"])
         for post in self._optimizer_load_state_dict_post_hooks.values():

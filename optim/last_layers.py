@@ -5,36 +5,46 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from geon.optim.families import FUSED
-from geon.optim.tree import Tree
+from geon.optim.place import FUSED
+from geon.optim.tree import Tree, classes
 
 NAMED = re.compile(
-    r"(\w+_)?(heads?|classifier)(_\w+)?|score|embed_out|unembed\w*|qa_outputs|seq_relationship"
-    r"|\w*logits\w*|(\w+_)?pred(ictions)?|sequence_summary"
+    r"(?!pre_|multi_?head)(\w+_)?(heads?|classifier)(?!_attn|_attention)(_\w+)?|score|embed_out"
+    r"|unembed\w*|qa_outputs|seq_relationship|(?!pre_)\w*logits\w*|(\w+_)?pred(ictions)?"
+    r"|sequence_summary|final_layer"
 )
 """Names of last layers, or of modules that end in one, wherever they are."""
 OUTERMOST = re.compile(
     r"out|outputs?|output_(layer|projection)|proj_out|decoder|fc_out|fc|readout|linear_out|out_proj"
+    r"|actor|critic|(value|policy|advantage)(_fn|_net|_stream)?"
 )
 """Names that inner layers have too: of last layers at the top of a model, or in a module above."""
+BEFORE_LAST = re.compile(r"dense|transform")
+"""Names of what a module that ends in a tied weight does before it."""
+INNER = re.compile(r"(?i)attention|attn|pool")
+"""Marks of classes that are no last layers, whatever their name."""
 
 
 def last_layers(model: nn.Module) -> set[int]:
     """Identities of the weights of last layers.
 
     These are a transformers model's output embedding, and Linears with the name of a last layer or
-    at the end of a module with such a name, outside numbered layers. In models of other packages
-    also the one Linear that is as wide as a vocabulary, and that nothing reads; and the Linears at
-    the end of the model, alone or in Sequentials, that nothing reads.
+    at the end of a module with such a name, outside numbered layers, that nothing later reads. In
+    models of other packages also a Linear of the shape of an Embedding that nothing later reads;
+    without any of these the Linears at the end of the model, alone or in Sequentials.
     """
     tree = Tree(model)
     output = getattr(tree.module(""), "get_output_embeddings", None)
     found = set(_named(tree))
     if callable(output):
-        own = output()
+        try:
+            own = output()
+        except (AttributeError, NotImplementedError):
+            own = None
         found |= {path for path in tree.paths if any(m is own for m in tree.modules[path])}
-    elif not (found := found | set(_as_wide_as_a_vocabulary(tree))):
-        found = set(_ends(tree))
+    else:
+        found |= set(_like_an_embedding(tree))
+        found = found or set(_ends(tree))
     return {
         id(module.weight)
         for path in found
@@ -52,75 +62,106 @@ def _named(tree: Tree) -> Iterator[str]:
     top = tree.top
     for path in tree.paths:
         above, _, name = path.rpartition(".")
-        if not path or _numbered(path) or tree.within(above, "Attention"):
+        if not path or _numbered(path) or _is_inner(tree, path) or _is_inner(tree, above):
             continue
-        outermost = above == top or NAMED.fullmatch(above.rpartition(".")[2])
         named = NAMED.fullmatch(name) is not None
+        outermost = above == top or NAMED.fullmatch(above.rpartition(".")[2])
         if named or (OUTERMOST.fullmatch(name) and outermost):
-            yield from _end(tree, path, deep=named)
+            for end in _end(tree, path, deep=named):
+                if tree.sizes(end)[0] in tree.read_after(path, above):
+                    continue
+                if named or above != top or _nothing_but_ends_after(tree, path):
+                    yield end
+
+
+def _nothing_but_ends_after(tree: Tree, path: str) -> bool:
+    """Whether what comes later beside a module ends in Linears too, as far as it has matrices."""
+    beside = tree.children(path.rpartition(".")[0])
+    later = [p for p in beside[beside.index(path) + 1 :] if tree.has_matrix(p)]
+    return all(next(_end(tree, p, deep=True), None) is not None for p in later)
+
+
+def _is_inner(tree: Tree, path: str) -> bool:
+    """Whether a module is an attention or a pool, by its class or by what it holds."""
+    if any(INNER.search(name) for module in tree.modules[path] for name in classes(module)):
+        return True
+    within = {child.rpartition(".")[2] for child in tree.children(path)}
+    return {"key", "query", "value"} <= within or {"q_proj", "k_proj"} <= within
 
 
 def _end(tree: Tree, path: str, deep: bool = False) -> Iterator[str]:
-    """The Linear that a module ends in, itself if it is one; of each entry of a list or dict.
+    """The Linear that a module ends in, itself if it is one.
 
-    deep: look into modules that are no Sequentials, and leave square Linears there: these lie
-        before the last one.
+    deep: the module has the name of a last layer. A list or dict of that name has an end in each
+        entry, unless one reads what the other makes; another module may end in a Linear, a
+        Sequential or a list of its own, but not in a square or an inner layer.
     """
     if tree.is_linear(path):
         yield path
         return
     within = [child for child in tree.children(path) if tree.has_matrix(child)]
-    if deep and tree.isinstance(path, nn.ModuleList | nn.ModuleDict):
-        for child in within:
-            yield from _end(tree, child, deep)
-    elif within and (deep or tree.isinstance(path, nn.Sequential)):
-        square = tree.is_linear(within[-1]) and len(set(tree.sizes(within[-1]))) == 1
-        if not (square and deep and not tree.isinstance(path, nn.Sequential)):
-            yield from _end(tree, within[-1], deep)
+    several = tree.isinstance(path, nn.ModuleList | nn.ModuleDict)
+    if not within or _is_inner(tree, path):
+        return
+    if several and deep:
+        ends = [end for child in within for end in _end(tree, child, deep=True)]
+        free = [e for e in ends if tree.sizes(e)[0] not in tree.read_after(e, path)]
+        yield from free or ends[-1:]
+    elif several or tree.isinstance(path, nn.Sequential):
+        yield from _end(tree, within[-1])
+    elif deep:
+        names = {child: child.rpartition(".")[2] for child in within}
+        told = [c for c, n in names.items() if NAMED.fullmatch(n) or OUTERMOST.fullmatch(n)]
+        for end in _end(tree, (told or within)[-1]):
+            square = len(set(tree.sizes(end))) == 1
+            if told or not (square or BEFORE_LAST.fullmatch(names[within[-1]])):
+                yield end
 
 
-def _as_wide_as_a_vocabulary(tree: Tree) -> Iterator[str]:
-    """The Linear outside numbered layers that is as wide as an Embedding is long.
+def _like_an_embedding(tree: Tree) -> Iterator[str]:
+    """The Linear outside numbered layers of the shape of an Embedding's weight; none if several.
 
-    None if there are several, or if another module reads that many.
+    What a later module reads is none.
     """
     tables = {
-        module.num_embeddings
+        (module.num_embeddings, module.embedding_dim)
         for modules in tree.modules.values()
         for module in modules
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
-    wide = [
+    alike = [
         path
         for path in tree.paths
         if tree.is_linear(path)
         and not _numbered(path)
-        and tree.sizes(path)[0] in tables
-        and tree.sizes(path)[0] not in tree.read(path, "")
+        and tree.sizes(path) in tables
+        and tree.sizes(path)[0] not in tree.read_after(path, "")
     ]
-    if len(wide) == 1:
-        yield from wide
+    if len(alike) == 1:
+        yield from alike
 
 
 def _ends(tree: Tree) -> Iterator[str]:
-    """Linears at the end of the model's own modules whose output no other of these reads."""
+    """The Linear at the end of the model, and those beside it: narrower, of the same input.
+
+    There is none where another kind of module with a matrix is the end, or a square Linear.
+    """
     top = tree.top
     children = [path for path in tree.children(top) if tree.has_matrix(path)]
-    if tree.isinstance(top, nn.Sequential):
-        yield from _end(tree, top)
-        return
-    if len(children) < 2:
-        for path in children:
+    if tree.isinstance(top, nn.Sequential) or len(children) < 2:
+        for path in [top] if tree.isinstance(top, nn.Sequential) else children:
             if tree.isinstance(path, nn.Sequential):
                 yield from _end(tree, path)
         return
-    ends = {path: end for path in children for end in _end(tree, path)}
-    ends = {path: end for path, end in ends.items() if not FUSED.search(end)}
-    free = [p for p, end in ends.items() if tree.sizes(end)[0] not in tree.read(p, top)]
-    run: list[str] = []
+    read = None
     for path in reversed(children):
-        if path not in free:
-            break
-        run.append(path)
-    chosen = run or (free if len(free) == 1 else [])
-    yield from (ends[path] for path in chosen)
+        end = next(_end(tree, path), None)
+        if end is None or FUSED.search(end):
+            return
+        first = next(p for p in tree.below(path) if tree.is_linear(p))
+        rows, cols = tree.sizes(end)
+        beside = read is None or (read == tree.sizes(first)[1] and rows < cols)
+        if not beside or rows in tree.read_after(path, top) or (end == path and rows == cols):
+            return
+        read = tree.sizes(first)[1]
+        yield end

@@ -105,10 +105,19 @@ class ParamInfo:
     by_position: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_shape()
         self._check_splits()
         if self.heads:
             self._check_heads()
+
+    def _check_types(self) -> None:
+        heads = (self.heads,) if isinstance(self.heads, int) else self.heads
+        for key, sizes in (("splits", self.splits), ("heads", heads)):
+            if not isinstance(sizes, tuple) or not all(type(size) is int for size in sizes):
+                raise ValueError(
+                    f"{self.name}: {key} {getattr(self, key)!r} must be whole numbers, as (64, 64)"
+                )
 
     def _check_shape(self) -> None:
         hidden, plain = self.role is Role.HIDDEN, len(self.shape) - self.kernel == 2

@@ -1,5 +1,6 @@
 """Whole parameters and pieces of them: gathered, laid out, measured."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,18 @@ def check_contiguous(name: str, param: Tensor) -> None:
             f"parameter '{name}': its local weights of shape {tuple(own.shape)} have strides "
             f"{own.stride()}: make them contiguous before the optimizer is made"
         )
+
+
+def settled(seen: Iterable[tuple[Any, tuple[Any, ...]]]) -> bool:
+    """Whether parameters say how they lie over the ranks.
+
+    Plain ones on several ranks may be about to be cut (accelerate makes the optimizer first), and
+    state of their whole size would be in the way.
+
+    seen: parameters with their signatures.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not several or any(hasattr(param(), "placements") for param, _ in seen)
 
 
 @torch.no_grad()

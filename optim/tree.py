@@ -79,11 +79,11 @@ class Tree:
 
     def is_linear(self, path: str) -> bool:
         """Whether a path is a Linear, or one that is stored transposed."""
-        return any(isinstance(m, nn.Linear) or "Conv1D" in classes(m) for m in self.modules[path])
+        return any(_is_linear(module) for module in self.modules[path])
 
-    def within(self, path: str, kind: str) -> bool:
-        """Whether the module at a path is of a class with these words in its name."""
-        return any(kind in name for module in self.modules[path] for name in classes(module))
+    def below(self, path: str) -> list[str]:
+        """A path and those of all modules below it."""
+        return [p for p in self.paths if p == path or p.startswith(f"{path}." if path else "")]
 
     def has_matrix(self, path: str) -> bool:
         """Whether a module holds a weight of two dimensions or more, itself or below it."""
@@ -91,20 +91,26 @@ class Tree:
 
     def sizes(self, path: str) -> tuple[int, int]:
         """Outputs and inputs of a Linear."""
-        weight: Any = next(m for m in self.modules[path] if hasattr(m, "weight")).weight
-        rows, cols = weight.shape
-        turned = any("Conv1D" in classes(module) for module in self.modules[path])
+        module: Any = next(module for module in self.modules[path] if _is_linear(module))
+        rows, cols = module.weight.shape
+        turned = any("Conv1D" in classes(m) for m in self.modules[path])
         return (cols, rows) if turned else (rows, cols)
 
-    def read(self, path: str, scope: str) -> set[int]:
-        """Numbers of inputs that modules below `scope`, but for those at or below `path`, take."""
+    def read_after(self, path: str, scope: str) -> set[int]:
+        """Numbers of inputs that modules below `scope` take, those that come after a path."""
         found: set[int] = set()
-        inside = f"{scope}." if scope else ""
-        for other, modules in self.modules.items():
-            if other == path or other.startswith(f"{path}.") or not other.startswith(inside):
-                continue
-            found |= {int(size) for m in modules for size in _inputs(m)}
+        inside, own = f"{scope}." if scope else "", set(self.below(path))
+        for other in self.paths[self.paths.index(path) :]:
+            if other not in own and other.startswith(inside):
+                found |= {int(size) for m in self.modules[other] for size in _inputs(m)}
         return found
+
+
+def _is_linear(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    plain = isinstance(module, nn.Linear) or hasattr(module, "base_layer")
+    turned = "Conv1D" in classes(module) and hasattr(module, "nf")
+    return (plain or turned) and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
 def _inputs(module: Any) -> list[int]:
@@ -114,4 +120,5 @@ def _inputs(module: Any) -> list[int]:
     names = ("in_features", "in_channels", "input_size", "embed_dim", "num_features")
     shape = getattr(module, "normalized_shape", ())
     own = [getattr(module, name, None) for name in names]
-    return [size for size in (*own, *shape[-1:]) if isinstance(size, int)]
+    own += [shape] if isinstance(shape, int) else list(shape)[-1:]
+    return [size for size in own if isinstance(size, int)]

@@ -87,5 +87,5 @@ def refuse_zero_vectors(
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} with {int(lost.sum())} zero {what}(s) has no "
             f"nearest point on the {manifold}: zero-initialised weights cannot be on it "
-            "(set model.zero_init_proj=false, or give the role manifold=euclidean)"
+            "(set model.zero_init_proj=false, or give it manifold=euclidean; for LoRA take muon)"
         )

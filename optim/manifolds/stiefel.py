@@ -76,7 +76,7 @@ class Stiefel(Manifold):
                 f"a weight of shape {tuple(weight.shape)} with singular values from "
                 f"{float(spectrum.min()):.1e} to {float(spectrum.max()):.1e} has no nearest point "
                 "on the Stiefel manifold: zero-initialised weights cannot be on it "
-                "(set model.zero_init_proj=false, or give the role manifold=euclidean)"
+                "(set model.zero_init_proj=false, or give it manifold=euclidean; for LoRA, muon)"
             )
         return (polar_svd(weight) * self.scale(weight.shape)).to(weight.dtype)
 

@@ -6,7 +6,7 @@ from geon.optim.shard.layout import Flat, Grid, Holding, Layout, Piece, Region, 
 from geon.optim.shard.matrix import Matrix, Sums
 from geon.optim.shard.plan import Bucket, Plan
 from geon.optim.shard.planner import make_plan
-from geon.optim.shard.ranks import Ranks
+from geon.optim.shard.ranks import Placement, Ranks
 from geon.optim.shard.sharding import Sharding
 from geon.optim.shard.transports import TRANSPORTS, Job, Message, Transport, Work
 
@@ -25,6 +25,7 @@ __all__ = [
     "Matrix",
     "Message",
     "Piece",
+    "Placement",
     "Plan",
     "Ranks",
     "Region",

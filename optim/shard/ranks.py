@@ -1,9 +1,9 @@
 """The ranks that step together, and how each parameter lies over them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -147,3 +147,10 @@ def _plain(placements: Any) -> list[tuple[int, int]]:
     from torch.distributed.tensor import Shard
 
     return [(d, p.dim) for d, p in enumerate(placements) if type(p) is Shard]
+
+
+class Placement(NamedTuple):
+    """How parameters lie that do not say so themselves: runs that a framework handed over."""
+
+    ranks: Ranks
+    layouts: Mapping[str, Layout]

@@ -93,7 +93,54 @@ HEADS_OF = {
         ),
         ["to_words.weight"],
     ),
-    "registered backwards": (Holds(last=linear(3), first=linear(8, 5)), ["last.weight"]),
+    "classes as many as channels": (
+        Holds(
+            conv1=nn.Conv2d(1, 10, 5),
+            conv2=nn.Conv2d(10, 20, 5),
+            fc1=linear(50, 320),
+            fc2=linear(10, 50),
+        ),
+        ["fc2.weight"],
+    ),
+    "auto-encoder": (
+        Holds(fc1=linear(16, 64), fc2=linear(4, 16), fc3=linear(16, 4), fc4=linear(64, 16)),
+        ["fc4.weight"],
+    ),
+    "weak names that are read": (
+        Holds(fc=linear(16, 64), output=linear(8, 16), classifier=linear(3)),
+        ["classifier.weight"],
+    ),
+    "before the classifier": (
+        Holds(pre_classifier=linear(), pre_logits=linear(), classifier=linear(3)),
+        ["classifier.weight"],
+    ),
+    "a list inside a head": (
+        Holds(
+            trunk=linear(),
+            box_head=Holds(layers=nn.ModuleList([linear(16), linear(16, 16), linear(4, 16)])),
+        ),
+        ["box_head.layers.2.weight"],
+    ),
+    "heads of attention": (
+        Holds(sa_head=Holds(key=linear(2), query=linear(2), value=linear(2)), lm_head=linear(31)),
+        ["lm_head.weight"],
+    ),
+    "logits and value": (
+        Holds(trunk=linear(), logits=linear(4), value=linear(1, 8)),
+        ["logits.weight", "value.weight"],
+    ),
+    "a generator": (
+        Holds(fc=net(linear(64), nn.ReLU()), conv=net(nn.Conv2d(4, 3, 3))),
+        [],
+    ),
+    "two towers": (
+        Holds(
+            bottom=net(linear(16, 5), linear(6, 16)),
+            tables=nn.Embedding(31, 6),
+            top=net(linear(16, 12), linear(1, 16)),
+        ),
+        ["top.1.weight"],
+    ),
     "no head, fused": (Holds(qkv=linear(24), proj=linear()), []),
     "of a block": (Holds(head=Holds(dense=linear(), norm=nn.LayerNorm(8))), []),
 }
