@@ -11,14 +11,16 @@ from geon.optim.tree import Tree, classes
 NAMED = re.compile(
     r"(?!pre_|multi_?head)(\w+_)?(heads?|classifier)(?!_attn|_attention)(_\w+)?|score|embed_out"
     r"|unembed\w*|qa_outputs|seq_relationship|(?!pre_)\w*logits\w*|(\w+_)?pred(ictions)?"
-    r"|sequence_summary|final_layer"
+    r"|sequence_summary|final_layer|(class|bbox)_embed"
 )
 """Names of last layers, or of modules that end in one, wherever they are."""
 OUTERMOST = re.compile(
     r"out|outputs?|output_(layer|projection)|proj_out|decoder|fc_out|fc|readout|linear_out|out_proj"
-    r"|actor|critic|(value|policy|advantage)(_fn|_net|_stream)?"
+    r"|(actor|critic|value|policy|advantage)(_\w+)?"
 )
 """Names that inner layers have too: of last layers at the top of a model, or in a module above."""
+LAST = re.compile(f"{NAMED.pattern}|{OUTERMOST.pattern}|linear")
+"""Names of the last layer in a module with such a name."""
 BEFORE_LAST = re.compile(r"dense|transform")
 """Names of what a module that ends in a tied weight does before it."""
 INNER = re.compile(r"(?i)attention|attn|pool")
@@ -111,7 +113,7 @@ def _end(tree: Tree, path: str, deep: bool = False) -> Iterator[str]:
         yield from _end(tree, within[-1])
     elif deep:
         names = {child: child.rpartition(".")[2] for child in within}
-        told = [c for c, n in names.items() if NAMED.fullmatch(n) or OUTERMOST.fullmatch(n)]
+        told = [c for c, n in names.items() if LAST.fullmatch(n)]
         for end in _end(tree, (told or within)[-1]):
             square = len(set(tree.sizes(end))) == 1
             if told or not (square or BEFORE_LAST.fullmatch(names[within[-1]])):
@@ -121,7 +123,7 @@ def _end(tree: Tree, path: str, deep: bool = False) -> Iterator[str]:
 def _like_an_embedding(tree: Tree) -> Iterator[str]:
     """The Linear outside numbered layers of the shape of an Embedding's weight; none if several.
 
-    What a later module reads is none.
+    The last Linear of all need only be as wide as one is long. What a later module reads is none.
     """
     tables = {
         (module.num_embeddings, module.embedding_dim)
@@ -129,11 +131,12 @@ def _like_an_embedding(tree: Tree) -> Iterator[str]:
         for module in modules
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
+    linears = [path for path in tree.paths if tree.is_linear(path)]
+    tables |= {(rows, tree.sizes(path)[1]) for path in linears[-1:] for rows, _ in tables}
     alike = [
         path
-        for path in tree.paths
-        if tree.is_linear(path)
-        and not _numbered(path)
+        for path in linears
+        if not _numbered(path)
         and tree.sizes(path) in tables
         and tree.sizes(path)[0] not in tree.read_after(path, "")
     ]

@@ -129,6 +129,20 @@ HEADS_OF = {
         Holds(trunk=linear(), logits=linear(4), value=linear(1, 8)),
         ["logits.weight", "value.weight"],
     ),
+    "of a decoder": (
+        Holds(
+            encoder=Holds(tokens=nn.Embedding(97, 8), core=nn.LSTM(8, 16)),
+            decoder=Holds(words=nn.Embedding(89, 8), core=nn.LSTM(8, 16), to_words=linear(89, 16)),
+        ),
+        ["decoder.to_words.weight"],
+    ),
+    "after a modulation": (
+        Holds(
+            trunk=linear(),
+            final_layer=Holds(linear=linear(3), adaln=net(nn.SiLU(), linear(16))),
+        ),
+        ["final_layer.linear.weight"],
+    ),
     "a generator": (
         Holds(fc=net(linear(64), nn.ReLU()), conv=net(nn.Conv2d(4, 3, 3))),
         [],
