@@ -84,8 +84,9 @@ def _nothing_but_ends_after(tree: Tree, path: str) -> bool:
 
 
 def _is_inner(tree: Tree, path: str) -> bool:
-    """Whether a module is an attention or a pool, by its class or by what it holds."""
-    if any(INNER.search(name) for module in tree.modules[path] for name in classes(module)):
+    """Whether a module is an attention or a pool, by what it holds, or inside a model its class."""
+    names = [name for module in tree.modules[path] for name in classes(module)]
+    if path not in ("", tree.top) and any(INNER.search(name) for name in names):
         return True
     within = {child.rpartition(".")[2] for child in tree.children(path)}
     return {"key", "query", "value"} <= within or {"q_proj", "k_proj"} <= within

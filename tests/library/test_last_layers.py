@@ -167,6 +167,15 @@ def test_last_layers_are_heads(kind):
     assert [name for name, role in found.items() if role == "head"] == heads
 
 
+class AttentionPoolNet(Holds):
+    """A model whose own name says attention and pool."""
+
+
+def test_the_class_of_the_model_says_nothing_of_its_head():
+    model = AttentionPoolNet(embed=nn.Embedding(5, 8), mix=linear(), fc=linear(3))
+    assert weights(model)["fc.weight"] == "head"
+
+
 BERT = {
     "vocab_size": 97,
     "hidden_size": WIDTH,
