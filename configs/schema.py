@@ -20,6 +20,7 @@ from geon.configs.choices import (
 )
 from geon.configs.choices import RuleKind as RuleKind
 from geon.configs.recipes import OptimConfig
+from geon.configs.recipes import RuleConfig as RuleConfig
 
 
 @dataclass

@@ -156,7 +156,8 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     def _named(self) -> Iterable[tuple[dict[str, Any], str, Tensor]]:
         for group in self.param_groups:
-            check_count(group)
+            if len(group["param_names"]) != len(group["params"]):
+                check_count(group)
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, param
 
@@ -389,9 +390,8 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Attributes that copies take along: all but what belongs to this process."""
-        kept = {name: self.__dict__[name] for name in _KEPT}
-        here = {"_mesh": Here(self._mesh), "_placement": Here(self._placement)}
-        return {**super().__getstate__(), **kept, **here}
+        kept = {name: self.__dict__[name] for name in _KEPT} | super().__getstate__()
+        return {**kept, "_mesh": Here(self._mesh), "_placement": Here(self._placement)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled optimizer; it is planned again when needed."""
