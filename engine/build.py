@@ -30,13 +30,12 @@ from geon.optim import (
     HybridOptimizer,
     ParamInfo,
     Placement,
-    Routing,
     Rule,
     block_scale,
     on_manifold,
-    route_by,
 )
 from geon.optim.router import check_partition
+from geon.optim.routing import Routing, route_by
 from geon.optim.storage import lay
 
 _MOMENTA = {MomentumDtype.fp32: "float32", MomentumDtype.bf16: "bfloat16"}

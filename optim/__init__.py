@@ -1,10 +1,10 @@
 """Optimizers that know the geometry of each weight. Importing this costs torch alone."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from geon.optim.adamw import AdamW
 from geon.optim.baselines import BASELINES, Baseline
-from geon.optim.build import build
-from geon.optim.classify import classify
-from geon.optim.declare import Declared, fused, stored
 from geon.optim.entries import EntryRule
 from geon.optim.finishes import FINISHES, Finish
 from geon.optim.groups import Group, on_manifold, project_
@@ -16,10 +16,35 @@ from geon.optim.norms import NORMS, Norm, Sign, Spectral
 from geon.optim.polar import Polar, polar, polar_svd
 from geon.optim.roles import Block, ParamInfo, Role
 from geon.optim.router import Route, route, table
-from geon.optim.routing import Routing, route_by
 from geon.optim.rule import Rule
 from geon.optim.shard import Placement, Sharding
 from geon.optim.solvers import Ladder, certify, steepest
+
+if TYPE_CHECKING:
+    from geon.optim.builder import build
+    from geon.optim.declare import Declared, fused, stored
+    from geon.optim.foreign import classify
+    from geon.optim.routing import Routing, route_by
+
+_LATER = {
+    "build": "builder",
+    "classify": "foreign",
+    "Declared": "declare",
+    "fused": "declare",
+    "stored": "declare",
+    "Routing": "routing",
+    "route_by": "routing",
+}
+"""Names that are imported when first asked for, and their files: they double the import's time."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'geon.optim' has no attribute '{name}'")
+    found = getattr(import_module(f"geon.optim.{_LATER[name]}"), name)
+    globals()[name] = found
+    return found
+
 
 __all__ = [
     "BASELINES",

@@ -12,12 +12,12 @@ from geon.optim.place import Place, from_package
 from geon.optim.roles import Role
 from geon.optim.tree import classes
 
-SINGLE = re.compile(
+SINGLE = (
     r"(q|k|v|o|query|key|value|out|w[1-3qkvo]|wi_[01]|[qkv]_lin"
     r"|(q|k|v|o|g|out|query|key|value|gate|up|down)_proj)"
 )
 """Names under which a Linear is one matrix, whatever its size."""
-HALVED = re.compile(r"w1|up_proj|gate_proj")
+HALVED = r"w1|up_proj|gate_proj"
 """Those that hold gate and up in models of some."""
 
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
@@ -175,8 +175,8 @@ def linear(place: Place) -> Declared | str:
         return said
     if (found := one_head_each(place)) is not None:
         return found
-    if SINGLE.fullmatch(place.child):
-        return _by_size(place) or stored() if HALVED.fullmatch(place.child) else stored()
+    if re.fullmatch(SINGLE, place.child):
+        return _by_size(place) or stored() if re.fullmatch(HALVED, place.child) else stored()
     return place.fused or _by_size(place) or stored()
 
 

@@ -8,22 +8,23 @@ from torch import nn
 from geon.optim.place import FUSED
 from geon.optim.tree import Tree, classes
 
-NAMED = re.compile(
+NAMED = (
     r"(?!pre_|multi_?head)(\w+_)?(heads?|classifier)(?!_attn|_attention)(_\w+)?|score|embed_out"
     r"|unembed\w*|qa_outputs|seq_relationship|(?!pre_)\w*logits\w*|(\w+_)?pred(ictions)?"
     r"|sequence_summary|final_layer|(class|bbox)_embed"
 )
-"""Names of last layers, or of modules that end in one, wherever they are."""
-OUTERMOST = re.compile(
+"""Names of last layers, or of modules that end in one, wherever they are. Patterns are compiled
+when they are first used, which spares the import."""
+OUTERMOST = (
     r"out|outputs?|output_(layer|projection)|proj_out|decoder|fc_out|fc|readout|linear_out|out_proj"
     r"|(actor|critic|value|policy|advantage)(_\w+)?"
 )
 """Names that inner layers have too: of last layers at the top of a model, or in a module above."""
-LAST = re.compile(f"{NAMED.pattern}|{OUTERMOST.pattern}|linear")
+LAST = f"{NAMED}|{OUTERMOST}|linear"
 """Names of the last layer in a module with such a name."""
-BEFORE_LAST = re.compile(r"dense|transform")
+BEFORE_LAST = r"dense|transform"
 """Names of what a module that ends in a tied weight does before it."""
-INNER = re.compile(r"(?i)attention|attn|pool")
+INNER = r"(?i)attention|attn|pool"
 """Marks of classes that are no last layers, whatever their name."""
 
 
@@ -66,9 +67,9 @@ def _named(tree: Tree) -> Iterator[str]:
         above, _, name = path.rpartition(".")
         if not path or _numbered(path) or _is_inner(tree, path) or _is_inner(tree, above):
             continue
-        named = NAMED.fullmatch(name) is not None
-        outermost = above == top or NAMED.fullmatch(above.rpartition(".")[2])
-        if named or (OUTERMOST.fullmatch(name) and outermost):
+        named = re.fullmatch(NAMED, name) is not None
+        outermost = above == top or re.fullmatch(NAMED, above.rpartition(".")[2])
+        if named or (re.fullmatch(OUTERMOST, name) and outermost):
             for end in _end(tree, path, deep=named):
                 if tree.sizes(end)[0] in tree.read_after(path, above):
                     continue
@@ -86,7 +87,7 @@ def _nothing_but_ends_after(tree: Tree, path: str) -> bool:
 def _is_inner(tree: Tree, path: str) -> bool:
     """Whether a module is an attention or a pool, by what it holds, or inside a model its class."""
     names = [name for module in tree.modules[path] for name in classes(module)]
-    if path not in ("", tree.top) and any(INNER.search(name) for name in names):
+    if path not in ("", tree.top) and any(re.search(INNER, name) for name in names):
         return True
     within = {child.rpartition(".")[2] for child in tree.children(path)}
     return {"key", "query", "value"} <= within or {"q_proj", "k_proj"} <= within
@@ -114,10 +115,10 @@ def _end(tree: Tree, path: str, deep: bool = False) -> Iterator[str]:
         yield from _end(tree, within[-1])
     elif deep:
         names = {child: child.rpartition(".")[2] for child in within}
-        told = [c for c, n in names.items() if LAST.fullmatch(n)]
+        told = [c for c, n in names.items() if re.fullmatch(LAST, n)]
         for end in _end(tree, (told or within)[-1]):
             square = len(set(tree.sizes(end))) == 1
-            if told or not (square or BEFORE_LAST.fullmatch(names[within[-1]])):
+            if told or not (square or re.fullmatch(BEFORE_LAST, names[within[-1]])):
                 yield end
 
 
@@ -160,7 +161,7 @@ def _ends(tree: Tree) -> Iterator[str]:
     read = None
     for path in reversed(children):
         end = next(_end(tree, path), None)
-        if end is None or FUSED.search(end):
+        if end is None or re.search(FUSED, end):
             return
         first = next(p for p in tree.below(path) if tree.is_linear(p))
         rows, cols = tree.sizes(end)

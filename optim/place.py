@@ -7,13 +7,13 @@ from torch import nn
 
 from geon.optim.tree import classes
 
-FUSED = re.compile(
+FUSED = (
     r"(?i)qkv|query_key|key_value|queries_keys|c_attn|gate_up|up_gate|q_gate|fused|ada_?ln"
     r"|\bin_proj(_ba)?\b|(^|_)x_proj|kv_([ab]_)?proj|index_qk|(^|_|\bto_|w)(kv|qk)(_|\b|linear)"
     r"|(^|_)w(12|13)\b"
 )
 """Marks in a name of a weight that several matrices may share."""
-PASSED_ON = re.compile(r"linear|conv|convolution|proj|dense|c|l|\d+")
+PASSED_ON = r"linear|conv|convolution|proj|dense|c|l|\d+"
 """Names that say nothing: the module above has the name."""
 
 
@@ -44,7 +44,7 @@ class Place:
     def fused(self) -> str:
         """Words if the name of the module says that several matrices share its weight; or ''."""
         *_, above, name = ["", *self.path.split(".")]
-        told = FUSED.search(name) or (PASSED_ON.fullmatch(name) and FUSED.search(above))
+        told = re.search(FUSED, name) or (re.fullmatch(PASSED_ON, name) and re.search(FUSED, above))
         return "its name says that several matrices share it" if told else ""
 
     @property

@@ -82,7 +82,7 @@ def imports():
 
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
-PARTS = "adamw baselines build classify declare entries families groups hybrid last_layers linalg"
+PARTS = "adamw baselines builder declare entries families foreign groups hybrid last_layers linalg"
 PARTS += " matrices place readings roles router routing rule state step storage tree views words"
 PARTS += " finishes manifolds norms polar shard solvers"
 PARTS = " ".join(f"optim.{part}" for part in PARTS.split())
@@ -105,13 +105,13 @@ ARROWS = {
     "optim.place": "optim.tree",
     "optim.families": "optim.declare optim.place optim.roles optim.tree",
     "optim.last_layers": "optim.place optim.tree",
-    "optim.classify": "optim.declare optim.families optim.last_layers optim.place optim.roles"
+    "optim.foreign": "optim.declare optim.families optim.last_layers optim.place optim.roles"
     " optim.tree",
     "optim.words": "configs.choices configs.recipes optim.adamw optim.baselines optim.entries"
     " optim.finishes optim.linalg optim.manifolds optim.norms optim.polar optim.rule optim.solvers",
     "optim.routing": "configs.choices configs.recipes optim.entries optim.groups optim.matrices"
     " optim.roles optim.router optim.rule optim.words",
-    "optim.build": "configs.choices configs.recipes optim.classify optim.groups optim.hybrid"
+    "optim.builder": "configs.choices configs.recipes optim.foreign optim.groups optim.hybrid"
     " optim.roles optim.routing optim.shard optim.tree",
     "optim.entries": "",
     "optim.adamw": "optim.entries optim.step",
@@ -238,7 +238,7 @@ def test_every_part_of_the_package_has_a_row_in_the_table():
         ("optim/hybrid.py", "import numpy as np"),
         ("optim/hybrid.py", "def f():\n    import numpy"),
         ("optim/adamw.py", "from geon.configs.recipes import read"),
-        ("optim/build.py", "from geon.configs.schema import Config"),
+        ("optim/builder.py", "from geon.configs.schema import Config"),
         ("optim/adamw.py", "from importlib import import_module\nimport_module('deepspeed')"),
         ("models/gpt.py", "from geon.optim import Role"),
         ("models/gpt.py", "from geon.optim.router import route"),

@@ -155,9 +155,9 @@ def cases(which):
     members = {}
     for index, (name, case) in enumerate(found.items()):
         own = list(case.infos(name))
-        if which != "all":  # what is stored otherwise is so whatever the rule: two for each
+        if which != "all":  # what is stored otherwise is so whatever the rule: one for each
             other = [one for one in own if one[1].storage and one[0] != "qkv"]
-            kept = [other[(index + k) % len(other)] for k in range(min(2, len(other)))]
+            kept = [other[index % len(other)]] if other else []
             own = [one for one in own if one not in other or one in kept]
         if which == "most" and name not in FEW:  # the first, and another one in turn
             own = [own[0], *own[1:][index % max(1, len(own) - 1) :][:1]]

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from geon.configs.choices import MomentumDtype
 from geon.configs.recipes import OptimConfig, OverrideConfig, fill, read
 from geon.errors import UsageError
-from geon.optim.classify import Override, classified, explain
+from geon.optim.foreign import Override, classified, explain
 from geon.optim.groups import FAR
 from geon.optim.hybrid import HybridOptimizer
 from geon.optim.roles import ParamInfo, Role
@@ -113,7 +113,8 @@ def build(
             raise UsageError(
                 f"the model was loaded from '{loaded}', and recipe '{recipe}' would change its "
                 f"weights before the first step: {error}. To fine-tune, take a recipe without a "
-                "manifold (muon, normuon, adamw); or build(..., project=True)"
+                "manifold (muon, normuon, adamw); or build(..., project=True), which changes them: "
+                "the hybrid least with settings={'overrides.qk': None}"
             ) from None
         raise
     if verbose and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
