@@ -130,7 +130,7 @@ FEW = (
     "rownorm euclidean cautious_decay",
     "sign oblique update_floor",
 )
-"""In every shape. Of the others, `most` takes some shapes, and fewer marks and pairs."""
+"""In most shapes. Of the others, `most` takes some shapes, and fewer marks and pairs."""
 
 
 def in_most(name, case):
@@ -155,10 +155,11 @@ def cases(which):
     members = {}
     for index, (name, case) in enumerate(found.items()):
         own = list(case.infos(name))
-        if which != "all":  # what is stored otherwise is so whatever the rule: one for each
+        if which != "all":  # of the shapes two in three; one that is stored otherwise
             other = [one for one in own if one[1].storage and one[0] != "qkv"]
             kept = [other[index % len(other)]] if other else []
-            own = [one for one in own if one not in other or one in kept]
+            plain = [one for one in own if one not in other]
+            own = [one for k, one in enumerate(plain) if (k + index) % 3] + kept
         if which == "most" and name not in FEW:  # the first, and another one in turn
             own = [own[0], *own[1:][index % max(1, len(own) - 1) :][:1]]
         members[name] = case, own

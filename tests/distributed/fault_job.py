@@ -17,6 +17,7 @@ from geon.launch.leave import leave
 from geon.optim import Group, HybridOptimizer, ParamInfo, Role, Rule, Sharding, Spectral
 
 TIMEOUT = 20.0
+SHORT = 4.0
 
 
 def parameter(mesh, placement=None):
@@ -63,23 +64,24 @@ def main(fault):
         if rank == 1:
             if fault != "hangs":
                 os._exit(0)
-            time.sleep(3 * TIMEOUT)
+            time.sleep(3 * SHORT)
             return
         step(opt, param)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fault = sys.argv[1]
-    limit = 4.0 if fault == "hangs" else TIMEOUT
+    folder, *faults = sys.argv[1:]
+    limit = SHORT if "hangs" in faults else TIMEOUT
     dist.init_process_group("gloo", timeout=timedelta(seconds=limit))
-    begin, said = time.monotonic(), "nothing"
-    try:
-        main(fault)
-    except (UsageError, ExchangeError) as error:
-        said = f"{type(error).__name__}: {error}"
-    spent = time.monotonic() - begin
-    Path(sys.argv[2], f"rank{os.environ['RANK']}").write_text(f"{spent:.1f}\n{said}")
+    for fault in faults:
+        begin, said = time.monotonic(), "nothing"
+        try:
+            main(fault)
+        except (UsageError, ExchangeError) as error:
+            said = f"{type(error).__name__}: {error}"
+        spent = time.monotonic() - begin
+        Path(folder, f"{fault} {os.environ['RANK']}").write_text(f"{spent:.1f}\n{said}")
     # A rank that goes takes its peers along: leave together where that is possible.
     time.sleep(2.0)
     leave(0)

@@ -41,7 +41,7 @@ def test_resume_is_exact_on_the_same_ranks(tmp_path, ranks):
     assert all(torch.equal(whole[k], v) for k, v in weights(run).items())
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 3)])
+@pytest.mark.parametrize(("first", "then"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 3)])
 def test_resume_on_other_ranks_reads_the_same_tokens(tmp_path, first, then):
     batch = "data.batch_tokens=3072"
     run = train(tmp_path, "run", first, batch, *HALF)

@@ -21,7 +21,7 @@ CASES = [
     ("hybrid", 3, ["parallel=fsdp", "data.batch_tokens=1920"]),
     ("hybrid", 4, ["parallel=hsdp", "parallel.replicas=2", "data.micro_batch=4", *STIEFEL[1:]]),
     ("muon", 2, ["parallel=fsdp", "model.fused_qkv=true"]),
-    ("scion", 2, ["parallel=fsdp"]),
+    pytest.param("scion", 2, ["parallel=fsdp"], marks=pytest.mark.slow),
     ("adamw", 2, ["parallel=fsdp", "model=gpt2"]),
     ("hybrid", 2, ["parallel=tp"]),
     ("scion", 4, ["parallel=fsdp_tp", "data.micro_batch=4"]),
@@ -31,7 +31,9 @@ CASES = [
         "hybrid", 2, ["parallel=deepspeed_z2", "data.micro_batch=4"], marks=pytest.mark.slow
     ),
     ("muon", 2, ["parallel=deepspeed_z3", "optim.max_norm=0", "data.micro_batch=4"]),
-    ("muon", 2, ["parallel=fsdp", "optim.hidden.per_head=true"]),
+    pytest.param(
+        "muon", 2, ["parallel=fsdp", "optim.hidden.per_head=true"], marks=pytest.mark.slow
+    ),
 ]
 
 

@@ -66,7 +66,7 @@ def test_curvature_is_estimated_at_every_tenth_step_and_used_once():
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("optim", ["sophia", "soap"])
+@pytest.mark.parametrize("optim", ["sophia", pytest.param("soap", marks=pytest.mark.slow)])
 def test_a_run_on_two_ranks_with_copies_and_its_resume_is_refused(tmp_path, optim):
     told = [f"optim={optim}", "parallel=ddp", "schedule.steps=12"]
     folder = train(tmp_path, "run", 2, *told)

@@ -146,7 +146,7 @@ def test_bpe_text_and_bins_train(tmp_path):
     assert report(run)["val_nats_per_byte"] is None
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bf16_with_checkpointed_activations_trains(tmp_path, ranks):
     run = train(
         tmp_path,

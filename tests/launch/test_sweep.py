@@ -208,7 +208,11 @@ def test_a_bad_arm_is_named(tmp_path):
         jobs_of(overrides(tmp_path, "{optim.lr:[0.01]}", "+sweep.arms={a: {gird: {}}}"))
 
 
-@pytest.mark.parametrize("name", ["width_lr", "width_lr_gpu", "leaderboard", "recipe", "horizon"])
+@pytest.mark.parametrize(
+    "name",
+    ["width_lr", "width_lr_gpu", "leaderboard"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("recipe", "horizon")],
+)
 def test_the_arms_of_every_study_compose(name, tmp_path):
     config = sweep.compose([f"sweep={name}"])
     for arm, settings in config.sweep.arms.items():

@@ -18,6 +18,7 @@ from tests.library.families import loss as loss_of
 from tests.library.families import make
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ["hybrid", "muon", "manifold_muon", "normuon", "scion", "adamw"]
 
 
 def toy():
@@ -32,15 +33,16 @@ def step(model, optimizer, seed=0, scale=1.0):
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", [*RECIPES, "spectral_sphere", "lion"])
 def test_a_recipe_is_what_hydra_composes(name):
     register()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = resolve(compose("train", [f"optim={name}", "optim.lr=0.037"]))
     assert read(name, 0.037) == composed.optim
+    assert set(RECIPES) < set(recipes())
 
 
-@pytest.mark.parametrize("name", ["hybrid", "muon", "manifold_muon", "normuon", "scion", "adamw"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_one_call(name, capsys):
     model = toy()
     optimizer = build(model, name, lr=0.02)
