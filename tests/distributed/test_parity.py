@@ -13,10 +13,11 @@ pytestmark = pytest.mark.dist
 CASES = [
     ("hybrid", 2, ["parallel=ddp", "data.micro_batch=4", "shard.transport=owner", *STIEFEL[1:]]),
     ("hybrid", 2, ["parallel=fsdp"]),
-    (
+    pytest.param(
         "hybrid",
         2,
         ["parallel=fsdp", "data.micro_batch=4", "shard.max_buffer_mb=0.05", *STIEFEL[1:]],
+        marks=pytest.mark.slow,
     ),
     ("hybrid", 3, ["parallel=fsdp", "data.batch_tokens=1920"]),
     ("hybrid", 4, ["parallel=hsdp", "parallel.replicas=2", "data.micro_batch=4", *STIEFEL[1:]]),
@@ -76,7 +77,12 @@ def test_ranks_give_the_weights_of_one_process_after_20_steps(
 
 
 @pytest.mark.parametrize(
-    ("model", "more"), [("gpt", []), ("gpt2", []), ("gpt", ["optim.hidden.per_head=true"])]
+    ("model", "more"),
+    [
+        ("gpt", []),
+        pytest.param("gpt2", [], marks=pytest.mark.slow),
+        ("gpt", ["optim.hidden.per_head=true"]),
+    ],
 )
 def test_sharding_the_optimizer_changes_no_bit(tmp_path, model, more):
     """DDP and FSDP average two gradients alike, so all that differs is our exchange."""
