@@ -1,6 +1,6 @@
 """Tiny random models of the families that docs/library.md lists; prints that table.
 
-python -m tests.library.families
+python -m tests.foreign.families
 """
 
 from collections import defaultdict

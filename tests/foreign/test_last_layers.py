@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from tests.library.families import HEADS, WIDTH
-from tests.library.toys import Holds, block, linear, net, weights
+from tests.foreign.families import HEADS, WIDTH
+from tests.foreign.toys import Holds, block, linear, net, weights
 
 HEADS_OF = {
     "mlp": (net(linear(), nn.ReLU(), linear(), nn.ReLU(), linear(3)), ["4.weight"]),

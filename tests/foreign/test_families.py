@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 
 from geon.optim import Role, build, classify
-from tests.library.families import FAMILIES, HEADS, KV, NanoGPT, loss, make, table
+from tests.foreign.families import FAMILIES, HEADS, KV, NanoGPT, loss, make, table
 
 logging.set_verbosity_error()
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from geon.launch.leave import leave
-from tests.library.test_frameworks import KINDS, STEPS, STOP, batches, llama, optimizer_of, snap
+from tests.foreign.test_frameworks import KINDS, STEPS, STOP, batches, llama, optimizer_of, snap
 
 
 def accelerator_on_cpu():

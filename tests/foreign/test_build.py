@@ -14,8 +14,8 @@ from geon.configs.recipes import read, recipes
 from geon.configs.schema import register
 from geon.errors import UsageError
 from geon.optim import AdamW, HybridOptimizer, Rule, build, fused
-from tests.library.families import loss as loss_of
-from tests.library.families import make
+from tests.foreign.families import loss as loss_of
+from tests.foreign.families import make
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ["hybrid", "muon", "manifold_muon", "normuon", "scion", "adamw"]
@@ -185,7 +185,7 @@ def test_two_lines_move_a_script():
     """The README's: the import, and the optimizer in place of AdamW's."""
     script = """
 import torch
-from tests.library.families import loss, make
+from tests.foreign.families import loss, make
 from geon.optim import build
 model = make("GPT-NeoX")
 optimizer = build(model, "hybrid", lr=0.02)

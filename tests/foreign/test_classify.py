@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from geon.errors import UsageError
 from geon.optim import ParamInfo, Role, classify, fused, stored
-from tests.library.families import HEADS, WIDTH, NanoGPT, make
-from tests.library.toys import Holds, linear, net, roles, weights
+from tests.foreign.families import HEADS, WIDTH, NanoGPT, make
+from tests.foreign.toys import Holds, linear, net, roles, weights
 
 
 def bare(names):

@@ -160,7 +160,7 @@ def test_accelerate(kind, tmp_path):
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp2")
-    return by_rank(2, "../library/frameworks_job.py", [str(folder)], timeout=240)
+    return by_rank(2, "../foreign/frameworks_job.py", [str(folder)], timeout=240)
 
 
 @pytest.mark.dist
