@@ -59,13 +59,13 @@ def _ruled(name: str, form: str, dtype: str, rule: Rule) -> Contestant:
     return Contestant(name, form, dtype, solve, rule.move)
 
 
-def rung(dtype: str, steps: int = 6, form: str = "-", **ladder: Any) -> Contestant:
-    """One rung of the ladder, its polar factors in this dtype."""
+def rung(dtype: str, steps: int = 6, form: str = "-", told: str = "", **ladder: Any) -> Contestant:
+    """One rung of the ladder, its polar factors in this dtype; `told` names it in tables."""
     chosen = Ladder(form="auto" if form == "-" else form, **ladder)
     rule = Rule(Spectral(polar=Polar(steps=steps, precision=Precision(dtype))), STIEFEL,
                 ladder=chosen)  # fmt: skip
     name = f"{chosen.method}({chosen.refine})" if chosen.refine else chosen.method
-    return _ruled(name, form, dtype, rule)
+    return _ruled(name, form, told or dtype, rule)
 
 
 def muon(dtype: str) -> Contestant:
@@ -84,6 +84,7 @@ def contestants() -> list[Contestant]:
         rung("bf16x3", form="gram", precision=x3),
         rung("fp32", form="rect"),
         rung("bf16", form="rect"),
+        rung("bf16", form="rect", told="bf16+x3", precision=x3),
         rung("fp32", form="gram", refine=1),
         rung("fp32", steps=10, method="published"),
         muon("fp32"),

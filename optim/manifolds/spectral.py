@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from geon.optim.linalg import (
-    Precision,
+    accurate_on,
     frobenius,
     gaussian,
     multiply_add,
@@ -215,8 +215,7 @@ def _top_column(x: Tensor, doublings: int) -> Tensor:
 
 def _cap_polar(matrix: Tensor) -> Tensor:
     # Ten steps resolve singular values of 1e-3 of the Frobenius norm (polar/coefficients.py).
-    precision = None if matrix.device.type == "cpu" else Precision.BF16X3
-    return polar_iterate(matrix, 10, precision=precision)
+    return polar_iterate(matrix, 10, precision=accurate_on(matrix.device))
 
 
 def schatten_64(weight: Tensor) -> Tensor:

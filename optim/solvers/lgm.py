@@ -20,8 +20,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geon.optim.linalg import Precision, eye, inner, product, skew, sym, trace, unit_frobenius
-from geon.optim.manifolds.stiefel import tangent_unit
+from geon.optim.linalg import (
+    Precision,
+    eye,
+    inner,
+    product,
+    rough_product,
+    skew,
+    sym,
+    trace,
+    unit_frobenius,
+)
 from geon.optim.polar import Polar, inverse_sqrt, minimax
 from geon.optim.solvers.base import Solution
 
@@ -43,10 +52,9 @@ POWER_STEPS = 12
 ENERGY = 1.02
 """Largest admitted ||A||_F^2 / n; in exact arithmetic it is 1 at most."""
 
-# bf16 factors: singular values are off by 1%, so the guards are wider.
+# Polar factors are off by 1%, in fp32 too after six steps, so the guards of Z are wider.
 ROUGH_JITTER = 2e-3
 ROUGH_MARGIN = 1.01
-ROUGH_ENERGY = 1.1
 
 
 def gram(u: Tensor, grad: Tensor, refine: int = 0, precision: Precision | None = None) -> Solution:
@@ -151,7 +159,7 @@ def _across(
 ) -> tuple[Tensor, Tensor]:
     """X = C^-1 # (I + Z^2), and where it broke. X C X = L L^T for any factor L L^T = I + Z^2."""
     one, n = eye(z), z.shape[-1]
-    low, info = torch.linalg.cholesky_ex(sym(product(z, z, precision)) + (1 + JITTER) * one)
+    low, info = _factor(z, JITTER, precision)
     inside = sym(product(low.mT, product(c, low, precision), precision))
     inside = inside + (SOFT * trace(c).clamp_min(0) / n + noise) * one
     root = _inverse_root(inside, precision)
@@ -161,47 +169,69 @@ def _across(
     return x, (info[..., None, None] != 0) | ~(energy <= ENERGY * n)
 
 
-def rectangular(u: Tensor, grad: Tensor, refine: int = 0, polar: Polar | None = None) -> Solution:
+def _factor(z: Tensor, jitter: float, precision: Precision | None) -> tuple[Tensor, Tensor]:
+    """L with L L^T = (1 + jitter) I + Z^2, and where there is none (not 0)."""
+    inside = sym(product(z, z, precision)) + (1 + jitter) * eye(z)
+    found = torch.linalg.cholesky_ex(inside)
+    return found.L, found.info
+
+
+def rectangular(
+    u: Tensor,
+    grad: Tensor,
+    refine: int = 0,
+    polar: Polar | None = None,
+    precision: Precision | None = None,
+) -> Solution:
     """LGM direction from polar factors of long matrices: safe when `polar` computes in bf16.
 
-    The factors may be crude: the products around them are in the dtype of `grad`, and the factor
-    across U is projected off U, so the direction is tangent to rounding.
+    The factors may be crude: what is across U is projected off U, so the direction is tangent to
+    the rounding of `precision`.
 
     Shapes, refine: as `gram`. polar: of (..., long, short) matrices.
-    Returns: as `gram`; with bf16 factors the spectral norm is 1.005 at most (measured).
-    Cost: 2 + refine polar factors and 12 r + 7 + refine (3 r + 7) other products of n x n
+    precision: of the products that digits depend on: U^T G, what is across U, and the projection
+        at the end. None computes in the dtype of `grad`; with bf16x3 the others, which steer the
+        factors or the equation along U, take one bf16 product (`rough_product`).
+    Returns: as `gram`; with bf16 factors the spectral norm is 1.001 at most (measured).
+    Cost: 2 + refine polar factors and 10 r + 8 + refine (3 r + 7) other products of n x n
         (`rectangular_products`).
     """
     polar = polar or Polar()
     n, ratio = u.shape[-1], u.shape[-2] / u.shape[-1]
     g = unit_frobenius(grad) * math.sqrt(n)
-    b = u.mT @ g
-    k, across = skew(b), g - u @ b
+    b = product(u.mT, g, precision)
+    k, across = skew(b), g - product(u, b, precision)
     size = ((inner(k, k) + inner(across, across)) / n).sqrt()
     s, z, factors = torch.zeros_like(k), torch.zeros_like(k), []
     for step in range(refine + 1):
-        m = across + u @ (k + s)
+        m = across + rough_product(u, k + s, precision)
         factors.append(polar(m))
-        q = sym(m.mT @ factors[-1]) + SHIFT * size * eye(k)
-        one_shot = skew(u.mT @ factors[-1])
-        z = lyapunov(q, 2 * k, z if step else one_shot, CG_STEPS)
+        q = sym(rough_product(m.mT, factors[-1], precision)) + SHIFT * size * eye(k)
+        one_shot = skew(rough_product(u.mT, factors[-1], precision))
+        z = lyapunov(q, 2 * k, z if step else one_shot, CG_STEPS, precision)
         if step < refine:
-            s = s + OVER_RELAXATION * (sym(z @ q) - s)
+            s = s + OVER_RELAXATION * (sym(rough_product(z, q, precision)) - s)
     z = _contract(z + share(ratio, refine) * (one_shot - z), ROUGH_MARGIN)
-    low, info = torch.linalg.cholesky_ex(sym(z @ z) + (1 + ROUGH_JITTER) * eye(k))
-    v = polar(across @ low)
-    a = u @ z + (v - u @ (u.mT @ v)) @ low.mT
-    broken = (info[..., None, None] != 0) | ~(inner(a, a) <= ROUGH_ENERGY * n)
-    a = tangent_unit(u, factors[0]).where(broken, a)
+    low, info = _factor(z, ROUGH_JITTER, precision)
+    v = polar(rough_product(across, low, precision))
+    # V has singular values that are off by 1%, and the direction's norm would be: a cubic polar
+    # step V (3 I - V^T V)/2 on the way. Where V is in bf16 its rough Gram is exact.
+    right = product(1.5 * eye(k) - 0.5 * rough_product(v.mT, v, precision), low.mT, precision)
+    y = product(v, right, precision)
+    broken = (info[..., None, None] != 0) | ~(inner(z, z) + inner(y, y) <= ENERGY * n)
+    y = factors[0].where(broken, y)
+    # A = Y - U (U^T Y - Z) has U^T A = Z. For the one-shot step Z is the skew part of U^T Y.
+    along = product(u.mT, y, precision)
+    a = y - product(u, along - skew(along).where(broken, z), precision)
     # A gradient that is normal to rounding: the direction is made of noise, so let it be short.
-    resolved = (size / (64 * torch.finfo(g.dtype).eps)).clamp(max=1.0)
-    return Solution(a * resolved, broken[..., 0, 0])
+    eps = 2.0**-19 if precision is Precision.BF16X3 else torch.finfo(g.dtype).eps
+    return Solution(a * (size / (64 * eps)).clamp(max=1.0), broken[..., 0, 0])
 
 
 def rectangular_products(ratio: float, refine: int = 0) -> float:
     """Products of n x n that `rectangular` takes besides its 2 + refine polar factors."""
     each = 3 * ratio + 1 + CG_STEPS
-    return 9 * ratio + (1 + refine) * each + refine + 1 + 1 / 6
+    return 7 * ratio + (1 + refine) * each + refine + 2 + 1 / 6
 
 
 def lyapunov(
@@ -252,7 +282,7 @@ def _contract(z: Tensor, margin: float = 1.003) -> Tensor:
 
 def _anticommutator(q: Tensor, z: Tensor, precision: Precision | None) -> Tensor:
     """Anticommutator ZQ + QZ of skew Z and symmetric Q."""
-    qz = product(q, z, precision)
+    qz = rough_product(q, z, precision)
     return qz - qz.mT
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from geon.errors import UsageError
-from geon.optim.linalg import Precision, orient, orient_like, skew
+from geon.optim.linalg import Precision, accurate_on, orient, orient_like, product, skew
 from geon.optim.manifolds.stiefel import Stiefel, tangent_unit
 from geon.optim.norms.spectral import Spectral
 from geon.optim.polar import Polar, minimax, polar
@@ -36,7 +36,8 @@ class Ladder:
         refine: lgm only: refinements before the completion.
         form: lgm only: gram (fp32 or bf16x3 products of n x n) or rect (polar factors of long
             matrices, bf16 allowed); auto takes rect when polar factors are in bf16.
-        precision: of the Gram form's products; None is the operands' dtype.
+        precision: of the products beside polar factors. None is the operands' dtype, but bf16x3
+            on an accelerator wherever polar factors are in bf16.
     """
 
     method: str = "lgm"
@@ -57,21 +58,28 @@ class Ladder:
             )
 
 
-def one_shot(u: Tensor, grad: Tensor, polar_factor: Polar) -> Tensor:
+def one_shot(
+    u: Tensor, grad: Tensor, polar_factor: Polar, precision: Precision | None = None
+) -> Tensor:
     """P msign(P G), P the tangent projection: tangent, of norm at most 2/sqrt(3).
 
-    0.90 to 0.95 of the optimum. The projections run in the dtype of `grad` whatever that of the
-    polar factor, so the result is tangent to rounding.
+    0.90 to 0.95 of the optimum. The projections run in `precision`, or the dtype of `grad`,
+    whatever that of the polar factor, so the result is tangent to rounding.
 
     Shapes: (..., long, short), u^T u = I.
     Source: SPEL, arXiv 2601.21487, with the second projection. 2/sqrt(3): write Ab = [X; Y] b in
         the basis of U, x = |Xb|; then |P A b|^2 <= ((1 + x)/2)^2 + 1 - x^2 <= 4/3.
     Cost: a polar factor and 8 l s^2 FLOPs.
     """
-    return tangent_unit(u, polar_factor(tangent_unit(u, grad)))
+    return tangent_unit(u, polar_factor(tangent_unit(u, grad, precision)), precision)
 
 
-def square(u: Tensor, grad: Tensor, polar_factor: Polar | None = None) -> Tensor:
+def square(
+    u: Tensor,
+    grad: Tensor,
+    polar_factor: Polar | None = None,
+    precision: Precision | None = None,
+) -> Tensor:
     """U msign(skew(U^T G)): the optimum on square matrices.
 
     The tangent space is U times the skew matrices, and U keeps the spectral norm.
@@ -80,9 +88,9 @@ def square(u: Tensor, grad: Tensor, polar_factor: Polar | None = None) -> Tensor
     Source: J. Su, kexue.fm 11215.
     Cost: a polar factor and 4 n^3 FLOPs.
     """
-    k = skew(u.mT @ grad)
+    k = skew(product(u.mT, grad, precision))
     factor = polar_factor(k) if polar_factor else polar(k, SQUARE_STEPS, SQUARE_TABLE)
-    return u @ skew(factor)
+    return product(u, skew(factor), precision)
 
 
 @dataclass(frozen=True)
@@ -110,18 +118,26 @@ class StiefelSpectral(Solver):
 
     def _solve(self, u: Tensor, g: Tensor) -> Solution:
         method, polar_factor = self.ladder.method, self.norm.polar
+        precision = self._precision_on(g.device)
         if u.shape[-2] == u.shape[-1] and method != "exact":
             accurate = method == "lgm" and not self._rough(g.device)
-            return Solution(square(u, g, None if accurate else polar_factor))
+            return Solution(square(u, g, None if accurate else polar_factor, precision))
         if method == "oneshot":
-            return Solution(one_shot(u, g, polar_factor))
+            return Solution(one_shot(u, g, polar_factor, precision))
         if method == "published":
             return Solution(dual_ascent(u, g, PUBLISHED_STEPS, polar=polar_factor))
         if method == "exact":
             return Solution(_exact(u, g))
         if self._rough(g.device):
-            return lgm.rectangular(u, g, self.ladder.refine, polar_factor)
+            return lgm.rectangular(u, g, self.ladder.refine, polar_factor, precision)
         return lgm.gram(u, g, self.ladder.refine, self.ladder.precision)
+
+    def _precision_on(self, device: torch.device) -> Precision | None:
+        """Arithmetic of the products beside polar factors, outside the Gram form."""
+        chosen = self.ladder.precision
+        if chosen is None and self.norm.polar.precision_on(device) is Precision.BF16:
+            return accurate_on(device)
+        return chosen
 
     def _rough(self, device: torch.device) -> bool:
         """Whether the rectangular form of LGM is taken on a device."""

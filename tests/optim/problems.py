@@ -21,6 +21,7 @@ FORMS = {
     "gram x3": Ladder(form="gram", precision=Precision.BF16X3),
     "rect": Ladder(form="rect"),
     "rect bf16": Ladder(form="rect"),
+    "rect bf16 x3": Ladder(form="rect", precision=Precision.BF16X3),
     "oneshot": Ladder("oneshot"),
 }
 LONGEST = {
@@ -28,12 +29,13 @@ LONGEST = {
     "gram x3": 1.005,
     "rect": 1.003,
     "rect bf16": 1.01,
+    "rect bf16 x3": 1.01,
     "oneshot": 2 / math.sqrt(3) * 1.005,
 }
 
 
 # bf16x3 products err by 5e-6 of their length, in the last projection too.
-LEAST_TANGENT = dict.fromkeys(FORMS, 1e-5) | {"gram x3": 3e-5}
+LEAST_TANGENT = dict.fromkeys(FORMS, 1e-5) | {"gram x3": 3e-5, "rect bf16 x3": 3e-5}
 
 
 def gauss(shape, seed=0, dtype=torch.float32):
@@ -102,7 +104,7 @@ SHAPES += [(48, 32), (64, 32), (32, 96), (128, 32), (16, 256)]
 
 def solve(form, grad, weight, refine=0):
     """Solution at unit norm, tall."""
-    norm = Spectral(polar=BF16 if form.endswith("bf16") else Polar())
+    norm = Spectral(polar=BF16 if "bf16" in form else Polar())
     ladder = FORMS[form]
     ladder = Ladder(ladder.method, refine, ladder.form, ladder.precision)
     found = steepest(norm, STIEFEL, ladder)(grad, weight)

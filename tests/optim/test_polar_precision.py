@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from geon.optim.linalg import Precision, ieee_products
+from geon.optim.linalg import Precision, ieee_products, multiply_add, rough_product
 from geon.optim.polar import inverse_sqrt
 
 
@@ -31,6 +33,57 @@ def test_three_bf16_products_drop_only_lo_times_lo():
     b = torch.tensor([[1 + 2.0**-6 + 2.0**-13]])
     lost = a.double() * b.double() - Precision.BF16X3.product(a, b).double()
     assert lost.item() == pytest.approx(2.0**-25, abs=2.0**-23)
+
+
+@pytest.mark.parametrize("stored", ["by rows", "by columns", "in steps"])
+def test_a_bf16x3_product_is_one_product_and_copies_nothing_in_another_order(stored):
+    """Three calls and their sums cost a GPU more than the arithmetic; so do strided copies."""
+    a, b = gauss((3, 48, 64)), gauss((3, 64, 32), 1)
+    if stored == "by columns":
+        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
+    elif stored == "in steps":
+        a, b = gauss((3, 48, 128))[..., ::2], gauss((3, 64, 64), 1)[..., ::2]
+    with FlopCounterMode(display=False) as counter, Multiplied() as seen:
+        got = Precision.BF16X3.product(a, b)
+    assert counter.get_total_flops() == 3 * 2 * 3 * 48 * 64 * 32
+    assert len(seen.operands) == 1
+    x, y = seen.operands[0]
+    assert x.shape == (3, 48, 192) and y.shape == (3, 192, 32)
+    if stored == "by columns":
+        assert x.mT.is_contiguous() and y.mT.is_contiguous()
+    exact = a.double() @ b.double()
+    assert (got - exact).norm() < 1e-5 * exact.norm()
+
+
+class Multiplied(TorchDispatchMode):
+    """Notes the operands of batched products."""
+
+    def __init__(self):
+        super().__init__()
+        self.operands = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.bmm:
+            self.operands.append(args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_bf16x3_adds_a_base():
+    base, a, b = gauss((2, 48, 32)), gauss((2, 48, 64), 1), gauss((2, 64, 32), 2)
+    got = multiply_add(0.5, base, -2.0, a, b, Precision.BF16X3)
+    exact = 0.5 * base.double() - 2.0 * (a.double() @ b.double())
+    assert (got - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_rough_products_round_operands_alone():
+    """Beside bf16x3: one bf16 product with a wide result. Beside fp32 there is nothing rough."""
+    a, b = gauss((48, 64)), gauss((64, 32), 1)
+    exact = a.bfloat16().double() @ b.bfloat16().double()
+    torch.testing.assert_close(
+        rough_product(a, b, Precision.BF16X3).double(), exact, atol=1e-4, rtol=0
+    )
+    for precision in (None, Precision.FP32):
+        assert torch.equal(rough_product(a, b, precision), a @ b)
 
 
 def test_operands_are_stored_as_the_precision_says():
