@@ -1,7 +1,7 @@
 """One run from a checked config: validate, build, make the folder, fit."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -41,6 +41,24 @@ def execute(config: Config, env: Env) -> None:
 
 def train(config: Config, env: Env) -> None:
     """Train one run to its end."""
+    trainer, resume = prepare(config, env, _callbacks(config))
+    parallel = trainer.run.parallel
+    parallel.barrier()
+    if env.main:
+        _prepare_folder(trainer, resume)
+    parallel.barrier()
+    trainer.fit()
+    parallel.barrier()
+
+
+def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Trainer, Path | None]:
+    """Check a config, join the process group, build the run. Nothing is written.
+
+    Returns: a trainer that is ready to step, and the checkpoint that it starts from, if any.
+
+    Raises:
+        UsageError: as `execute` does.
+    """
     check_layout(config.parallel, config.model, env.world)
     check_loggers(config.logger)
     corpus = build.make_corpus(config.data, config.seed)
@@ -59,17 +77,12 @@ def train(config: Config, env: Env) -> None:
     parallel = start(config.parallel, config.device, env)
     run = build.build(config, parallel, corpus, batches, model, routing)
     folder = Path(config.output) / config.name
-    trainer = Trainer(run, folder, _callbacks(config))
+    trainer = Trainer(run, folder, callbacks)
     if any(isinstance(rule, Baseline) for rule in routing.rules.values()):
         trainer.callbacks = [Curvature(), *trainer.callbacks]
     if resume is not None:
         _resume(trainer, resume)
-    parallel.barrier()
-    if env.main:
-        _prepare_folder(trainer, resume)
-    parallel.barrier()
-    trainer.fit()
-    parallel.barrier()
+    return trainer, resume
 
 
 def _callbacks(config: Config) -> list[Callback]:

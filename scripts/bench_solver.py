@@ -12,8 +12,10 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -180,6 +182,16 @@ def facts(device: str) -> Row:
     """What every report begins with."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {"hardware": hardware(device), "versions": versions}
+
+
+def meta(device: str, module: str, arguments: Sequence[str]) -> Row:
+    """Where a result file comes from: hardware, versions, the command that makes it again, date.
+
+    A file or folder that is given by its absolute path is told as PATH.
+    """
+    words = ["PATH" if Path(word).is_absolute() else word for word in arguments]
+    command = shlex.join(["python", "-m", f"geon.scripts.{module}", *words])
+    return facts(device) | {"command": command, "date": date.today().isoformat()}
 
 
 def pick_device(word: str) -> str:

@@ -2,10 +2,12 @@
 
 python -m geon.scripts.bench_step --layers 2 --width 256
 python -m geon.scripts.bench_step --drift 10000 --angle 0.03
+python -m geon.scripts.bench_step --device cuda --shapes --repeats 12 --dion PATH --json out.json
 
 The step is `HybridOptimizer.step()` in one process: momentum, direction, retraction and write, with
 random gradients; at full size about 4 GB and minutes on two cores. --drift tells instead how far a
-256 x 128 weight is from the manifold while noise drives it.
+256 x 128 weight is from the manifold while noise drives it. --shapes compares more rules, and other
+packages' Muon, at several widths: milliseconds, those of the host, kernels (bench_step_rules.py).
 """
 
 import argparse
@@ -33,7 +35,8 @@ from geon.optim import (
     Stiefel,
 )
 from geon.optim.linalg import ieee_products
-from geon.scripts.bench_solver import check_output, facts, pick_device
+from geon.scripts import bench_step_rules
+from geon.scripts.bench_solver import check_output, facts, meta, pick_device
 
 MUON, OURS = "muon", "manifold muon"
 RULES = {
@@ -127,12 +130,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(
             f"--drift takes steps, --angle radians between 0 and 1: got {args.drift}, {args.angle}"
         )
+    if args.shapes and args.drift:
+        raise UsageError("--shapes and --drift are two measurements: give one of them")
+    if args.dion and not args.shapes:
+        raise UsageError("--dion goes with --shapes")
     check_output(args.json)
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     report = facts(device)
     print(report["hardware"], end="\n\n")
+    if args.shapes:
+        rows = bench_step_rules.run(args.shapes, args.repeats, device, args.dion)
+        return {"rows": rows, "meta": meta(device, "bench_step", args.told)}
     if args.drift:
         d_out, d_in = DRIFT_SHAPE
         print(f"{d_out}x{d_in}, angle {args.angle:g} a step\n    step  max |W^T W - I|")
@@ -161,10 +171,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--repeats", type=int, default=3, help="steps after one to warm up (%(default)s)")
     add("--drift", type=int, default=0, metavar="STEPS", help="follow one weight instead")
     add("--angle", type=float, default=0.03, help="of each of those steps (%(default)s radians)")
+    add(
+        "--shapes",
+        nargs="?",
+        const=bench_step_rules.SHAPES,
+        metavar="WIDTHxLAYERS,...",
+        help="compare more rules at these; %(const)s where none are given",
+    )
+    add("--dion", type=Path, metavar="PATH", help="--shapes: a checkout of microsoft/dion")
     add("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=0, help="of a CPU; 0 leaves torch's choice")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     args = parser.parse_args(arguments)
+    args.told = sys.argv[1:] if arguments is None else list(arguments)
     try:
         report = run(args)
     except UsageError as error:

@@ -19,6 +19,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geon.engine import build
@@ -88,11 +91,28 @@ def make(recipe: str, device: str, layers: int, width: int) -> HybridOptimizer:
     return optimizer
 
 
-def operators(optimizer: HybridOptimizer) -> Counter[str]:
+def operators(optimizer: Optimizer) -> Counter[str]:
     """Operators of one step by name, views apart."""
     with _Operators() as counter:
         optimizer.step()
     return Counter({name: n for name, n in counter.found.items() if name not in VIEWS})
+
+
+def kernels(optimizer: Optimizer) -> int:
+    """Kernels that one step runs on a CUDA device; copies and fills are none."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        optimizer.step()
+        torch.cuda.synchronize()
+    return sum(map(is_kernel, profiler.events()))
+
+
+def is_kernel(event: Any) -> bool:
+    """Whether what a profiler saw is a kernel: not an operator, a copy, or a named range."""
+    return (
+        event.device_type == DeviceType.CUDA
+        and not event.is_user_annotation
+        and not event.key.startswith(("Memcpy", "Memset"))
+    )
 
 
 def visited(optimizer: HybridOptimizer) -> list[str]:
@@ -112,18 +132,25 @@ def visited(optimizer: HybridOptimizer) -> list[str]:
     return sorted(file.relative_to(ROOT / "optim").as_posix() for file in inside)
 
 
-def timed(optimizer: HybridOptimizer, repeats: int, cuda: bool) -> dict[str, float]:
+def once(optimizer: Optimizer, cuda: bool) -> tuple[float, float]:
+    """Milliseconds of a step: until it returns, and until the device, idle before, is done."""
+    if cuda:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+    begin = time.perf_counter()
+    optimizer.step()
+    host = 1e3 * (time.perf_counter() - begin)
+    if not cuda:
+        return host, host
+    stop.record()
+    stop.synchronize()
+    return host, start.elapsed_time(stop)
+
+
+def timed(optimizer: Optimizer, repeats: int, cuda: bool) -> dict[str, float]:
     """Median milliseconds of a step, until it returns and until the device is done."""
-    host, whole = [], []
-    for _ in range(repeats):
-        if cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        optimizer.step()
-        host.append(1e3 * (time.perf_counter() - begin))
-        if cuda:
-            torch.cuda.synchronize()
-        whole.append(1e3 * (time.perf_counter() - begin))
+    host, whole = zip(*(once(optimizer, cuda) for _ in range(repeats)), strict=True)
     return {"host_milliseconds": median(host), "milliseconds": median(whole)}
 
 
