@@ -205,14 +205,14 @@ def pick_device(word: str) -> str:
     return "cuda" if torch.cuda.is_available() and word != "cpu" else "cpu"
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path | None, option: str = "--json") -> None:
     """Refuse a file that could not be written, before the long measurement.
 
     Raises:
         UsageError: there is no such folder.
     """
     if path is not None and not path.absolute().parent.is_dir():
-        raise UsageError(f"--json '{path}': there is no folder '{path.parent}'")
+        raise UsageError(f"{option} '{path}': there is no folder '{path.parent}'")
 
 
 def problems_of(args: argparse.Namespace) -> list[Problem]:
