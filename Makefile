@@ -1,12 +1,18 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint types format bench-solver bench-step bench-drift
-.PHONY: bench-sharding coord-check transfer leaderboard batch-sweep finetune clean
+.PHONY: bench-sharding bench-train bench-gpu profile coord-check transfer leaderboard batch-sweep finetune clean
 
 PYTHON ?= python3
 RANKS ?= 2
 DEMO ?=
 BENCH ?=
 BIN := .venv/bin
+# A 124M model with the vocabulary and batch of NanoGPT's speedrun, on one GPU.
+GPU_RUN := model/size=124m model.n_head=6 model.softcap=15 parallel=single device=cuda \
+	data=synthetic data.tokens=2000000 data.vocab_size=50304 data.batch_tokens=524288
+MICRO ?= 16
+TRACK3 ?=
+DION ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +66,24 @@ bench-drift: .venv/run ## how far 10,000 noisy steps leave the manifold, about t
 
 bench-sharding: .venv/run ## bytes, collectives, seconds and exactness of sharded steps on 4 ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=4 scripts/bench_sharding.py $(BENCH)
+
+bench-train: .venv/run ## tokens/s and where a training step goes; BENCH='overrides --steps 20'
+	$(BIN)/python -m geon.scripts.bench_train $(BENCH)
+
+profile: .venv/run ## what costs most in a training step; BENCH='overrides --trace FILE'
+	$(BIN)/python -m geon.scripts.profile_train $(BENCH)
+
+# Where pip reaches nothing but torch is there: make -o .venv/run bench-gpu BIN=folder-of-python
+bench-gpu: .venv/run ## all of it on one GPU in under ten minutes; DION=path, TRACK3=tokens/s
+	$(BIN)/python -m geon.scripts.bench_step --device cuda --shapes --repeats 12 \
+	    $(if $(DION),--dion $(DION)) --json docs/results/gpu_step.json
+	failed=; for rule in muon hybrid manifold_muon; do for compile in true false; do \
+	    echo "optim=$$rule parallel.compile=$$compile"; \
+	    $(BIN)/python -m geon.scripts.bench_train $(GPU_RUN) data.micro_batch=$(MICRO) \
+	        optim=$$rule parallel.compile=$$compile --warmup 2 --steps 6 --rounds 3 \
+	        $(if $(TRACK3),--track3 $(TRACK3)) --label "$$rule compile=$$compile" \
+	        --json docs/results/gpu_train.json $(BENCH) || failed="$$failed $$rule,$$compile"; \
+	done; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 coord-check: .venv/run ## do activations keep their size over widths? under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.coord_check $(BENCH)
