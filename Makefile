@@ -75,14 +75,15 @@ profile: .venv/run ## what costs most in a training step; BENCH='overrides --tra
 
 # Where pip reaches nothing but torch is there: make -o .venv/run bench-gpu BIN=folder-of-python
 bench-gpu: .venv/run ## all of it on one GPU in under ten minutes; DION=path, TRACK3=tokens/s
+	failed=; \
 	$(BIN)/python -m geon.scripts.bench_step --device cuda --shapes --repeats 12 \
-	    $(if $(DION),--dion $(DION)) --json docs/results/gpu_step.json
-	failed=; for rule in muon hybrid manifold_muon; do for compile in true false; do \
+	    $(if $(DION),--dion $(DION)) --json docs/results/gpu_step.json || failed=" step"; \
+	for rule in muon hybrid manifold_muon; do for compile in true false; do \
 	    echo "optim=$$rule parallel.compile=$$compile"; \
 	    $(BIN)/python -m geon.scripts.bench_train $(GPU_RUN) data.micro_batch=$(MICRO) \
 	        optim=$$rule parallel.compile=$$compile --warmup 2 --steps 6 --rounds 3 \
 	        $(if $(TRACK3),--track3 $(TRACK3)) --label "$$rule compile=$$compile" \
-	        --json docs/results/gpu_train.json $(BENCH) || failed="$$failed $$rule,$$compile"; \
+	        --json docs/results/gpu_train.json $(BENCH) || failed="$$failed $$rule:$$compile"; \
 	done; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 coord-check: .venv/run ## do activations keep their size over widths? under a minute

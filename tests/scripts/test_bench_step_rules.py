@@ -153,7 +153,7 @@ def test_kernels_of_a_step_on_a_gpu():
     for _ in range(2):
         optimizer.step()
     # Five iterations of three products of each of two shapes, and no more than a few an operator.
-    assert 30 < count_operators.kernels(optimizer)
+    assert count_operators.kernels(optimizer) > 30
     assert count_operators.kernels(optimizer) < 10 * count_operators.operators(optimizer).total()
     rows = bench_step_rules.measure(width, layers, 3, device, None)
     assert all(row["kernels"] > 0 and row["milliseconds"] > 0 for row in rows)
