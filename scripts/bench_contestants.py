@@ -200,7 +200,7 @@ def costs(
     are medians of `repeats` at least, of a whole batch; over_muon is the median of the ratios.
     """
     grad, weight = (x.repeat(batch, 1, 1) for x in (problem.grad, problem.weight))
-    rivals = {c.dtype: muon(c.dtype) for c in chosen}
+    rivals = {c.dtype: muon(c.dtype.partition("+")[0]) for c in chosen}
     beside = {dtype: products(rival, grad, weight) for dtype, rival in rivals.items()}
     counted = [products(c, grad, weight) for c in chosen]  # and warms up
     times: list[list[tuple[float, float]]] = [[] for _ in chosen]
