@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.errors import UsageError
+from geon.models.loss import linear_cross_entropy
 from geon.optim.roles import ParamInfo, Role
 
 
@@ -82,14 +83,20 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self.checkpoint_activations = False
+        self.loss_chunks = 1
 
     @abstractmethod
     def hidden(self, tokens: Tensor) -> Tensor:
         """Activations (batch, time, d) that the head reads."""
 
     @abstractmethod
-    def unembed(self, x: Tensor) -> Tensor:
-        """Logits (batch, time, vocab) in fp32."""
+    def project(self, x: Tensor) -> Tensor:
+        """(batch, time, d) times the head: (batch, time, vocab)."""
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """The weight (vocab, d) that `project` multiplies by."""
 
     @abstractmethod
     def roles(self) -> list[ParamInfo]:
@@ -112,10 +119,24 @@ class LanguageModel(nn.Module, ABC):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or with targets (batch, time) the mean cross-entropy in nats."""
-        logits = self.unembed(self.hidden(tokens))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        x = self.hidden(tokens)
+        return self.unembed(x) if targets is None else self.loss(x, targets)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits (batch, time, vocab) in fp32, softcapped when asked."""
+        logits = self.project(x).float() * self.shape.shrink
+        cap = self.shape.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats from what the head reads."""
+        weight = self.head_weight
+        if hasattr(weight, "placements"):  # tensor parallel: `project` gathers the logits
+            return F.cross_entropy(self.unembed(x).flatten(0, 1), targets.flatten())
+        shape = self.shape
+        return linear_cross_entropy(
+            x, weight, targets, shape.shrink, shape.softcap, self.loss_chunks
+        )
 
     @cached_property
     def infos(self) -> list[ParamInfo]:

@@ -13,6 +13,7 @@ from geon.models.layers import (
     block_plan,
     head_axes,
     linear,
+    lowered,
     relu_squared,
     rms_norm,
     rotary_table,
@@ -67,17 +68,20 @@ class GPT(LanguageModel):
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), normalised."""
         s = self.shape
-        x = rms_norm(self.embed(tokens))
+        x = rms_norm(lowered(self.embed(tokens)))
         cos, sin = rotary_table(tokens.shape[1], s.head_dim, s.rope_base, tokens.device)
         for block in self.blocks:
             x = self.run_block(block, x, cos, sin)
         return rms_norm(x)
 
-    def unembed(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, vocab), softcapped when asked."""
-        logits = self.head(x).float() * self.shape.shrink
-        cap = self.shape.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+    def project(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, vocab)."""
+        return self.head(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the head (vocab, D)."""
+        return self.head.weight
 
     def roles(self) -> list[ParamInfo]:
         """Embedding, head, gains where it has them, and everything else a hidden matrix."""

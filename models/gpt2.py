@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from geon.errors import UsageError
 from geon.models.base import LanguageModel, ModelShape, declare, normal
-from geon.models.layers import Projections, attend, block_plan, head_axes
+from geon.models.layers import LayerNorm, Projections, attend, block_plan, head_axes, lowered
 from geon.optim.roles import ParamInfo, Role
 
 
@@ -22,10 +22,10 @@ class Block(nn.Module):
         if shape.gains:
             raise UsageError("model.gains=true: gpt2 has gains of its own; choose model=gpt")
         self.head_dim = shape.head_dim
-        self.norm1 = nn.LayerNorm(d)
+        self.norm1 = LayerNorm(d)
         self.proj_in = Projections(d, shape.fused_qkv, bias=True)
         self.proj_out = nn.Linear(d, d)
-        self.norm2 = nn.LayerNorm(d)
+        self.norm2 = LayerNorm(d)
         self.up = nn.Linear(d, shape.mlp_ratio * d)
         self.down = nn.Linear(shape.mlp_ratio * d, d)
 
@@ -46,7 +46,7 @@ class GPT2(LanguageModel):
         self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
         self.positions = nn.Embedding(shape.context, shape.d_model)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
-        self.norm = nn.LayerNorm(shape.d_model)
+        self.norm = LayerNorm(shape.d_model)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), normalised."""
@@ -56,14 +56,19 @@ class GPT2(LanguageModel):
                 f"sequence of {time} tokens, but GPT-2 learned {self.shape.context} positions "
                 "(model.context)"
             )
-        x = self.embed(tokens) + self.positions(torch.arange(time, device=tokens.device))
+        x = lowered(self.embed(tokens) + self.positions(torch.arange(time, device=tokens.device)))
         for block in self.blocks:
             x = self.run_block(block, x)
         return self.norm(x)
 
-    def unembed(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab) by the embedding's own weight."""
-        return F.linear(x, self.embed.weight).float() * self.shape.shrink
+        return F.linear(x, self.embed.weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the embedding (vocab, D)."""
+        return self.embed.weight
 
     def roles(self) -> list[ParamInfo]:
         """Tied embedding, learned positions, hidden matrices, gains and biases."""

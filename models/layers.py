@@ -1,5 +1,6 @@
 """Blocks that several architectures share. Shapes: B batch, T time, D width, H heads, K = D/H."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -7,9 +8,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def lowered(x: Tensor) -> Tensor:
+    """Cast to the dtype of autocast, where that is on: what an embedding gives is fp32 there."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension without gains, eps 1e-6."""
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+    """RMSNorm over the last dimension without gains, eps 1e-6, in the dtype of x.
+
+    The sums are in fp32 all the same. Autocast would return fp32, and keep it for the backward
+    pass: twice the memory of the residual stream.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, in the dtype of its input under autocast too; see rms_norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class _ReluSquared(torch.autograd.Function):
@@ -34,13 +56,27 @@ def relu_squared(x: Tensor) -> Tensor:
     return _ReluSquared.apply(x)
 
 
+@torch.compiler.assume_constant_result
 def rotary_table(
     time: int, head_dim: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, K/2) of the rotary angles t * base^(-2i/K), in fp32."""
+    """Cosines and sines (T, K/2) of the rotary angles t * base^(-2i/K), in fp32.
+
+    Made once for each length and device; a compiled graph holds them as constants.
+    """
+    real = type(torch.empty(0, device=device)) is Tensor  # a fake one is of its mode alone
+    return (_kept_table if real else _rotary_table)(time, head_dim, base, device)
+
+
+def _rotary_table(
+    time: int, head_dim: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     frequency = base ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angle = torch.arange(time, device=device).float()[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+_kept_table = lru_cache(maxsize=16)(_rotary_table)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
