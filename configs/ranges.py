@@ -38,6 +38,7 @@ RANGES: dict[str, Test] = {
     "parallel.replicas": POSITIVE,
     "parallel.tensor": POSITIVE,
     "parallel.zero": ("one of 0, 1, 2, 3", lambda x: 0 <= x <= 3),
+    "parallel.loss_chunks": NOT_NEGATIVE,
     "parallel.timeout_seconds": POSITIVE,
     "schedule.steps": POSITIVE,
     "schedule.tokens": NOT_NEGATIVE,

@@ -92,9 +92,11 @@ class ParallelConfig:
     zero: int = 1
     """deepspeed: ZeRO stage."""
     precision: Precision = Precision.auto
-    compile: bool = False
-    """torch.compile each block."""
+    compile: bool | None = None
+    """torch.compile forward and backward, the loss included; null does on a GPU."""
     activation_checkpointing: bool = False
+    loss_chunks: int = 0
+    """Pieces that a micro-batch's logits are made in: more need less memory; 0 takes 1."""
     timeout_seconds: float = 600.0
     """A collective that takes longer ends the run with an error."""
 

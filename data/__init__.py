@@ -3,6 +3,7 @@
 from geon.data.bins import open_bins, write_bin
 from geon.data.codec import ByteCodec, Codec, load_codec
 from geon.data.corpus import Corpus, Split, stdlib_corpus, text_corpus
+from geon.data.loader import Loader
 from geon.data.order import Batches, sample_index
 from geon.data.synthetic import synthetic_corpus
 
@@ -11,6 +12,7 @@ __all__ = [
     "ByteCodec",
     "Codec",
     "Corpus",
+    "Loader",
     "Split",
     "load_codec",
     "open_bins",

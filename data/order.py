@@ -102,11 +102,17 @@ class Batches:
         """Forward passes of this rank in one step."""
         return self.sequences // (self.world * self.micro)
 
-    def step(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """Micro-batches of this rank at `step`: pairs (micro, T) of int64 inputs and targets."""
+    def windows_at(self, step: int) -> Tensor:
+        """Windows of this rank at `step`: (sequences / world, T + 1) int32, inputs and targets."""
         share = self.sequences // self.world
         first = step * self.sequences + self.rank * share
         index = sample_index(self.seed, first, share, self.windows, self.shuffle)
-        rows = np.stack([self.split.window(int(i) * self.context, self.context + 1) for i in index])
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return [(part[:, :-1], part[:, 1:]) for part in tokens.split(self.micro)]
+        rows = np.empty((share, self.context + 1), dtype=np.int32)
+        for row, i in zip(rows, index, strict=True):
+            row[:] = self.split.window(int(i) * self.context, self.context + 1)
+        return torch.from_numpy(rows)
+
+    def step(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Micro-batches of this rank at `step`: pairs (micro, T) of int64 inputs and targets."""
+        parts = self.windows_at(step).long().split(self.micro)
+        return [(part[:, :-1], part[:, 1:]) for part in parts]

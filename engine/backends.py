@@ -37,6 +37,11 @@ def check_deepspeed(config: Config, routing: Routing) -> None:
     """
     if config.parallel.layout is not Layouts.deepspeed:
         return
+    if config.parallel.compile:
+        raise UsageError(
+            "parallel.compile=true with parallel=deepspeed: its hooks gather and count inside of "
+            "the model; set parallel.compile=null, or use parallel=fsdp"
+        )
     if config.optim.record_pairs:
         raise UsageError(
             "optim.record_pairs with parallel=deepspeed: its gradients are not to be seen before "

@@ -1,5 +1,6 @@
 """What happens around the loop: logging, evaluation, checkpoints, spectra."""
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -107,6 +108,26 @@ class Progress(Callback):
             self._bar.close()
 
 
+class Compilation(Callback):
+    """Says why the first step takes long, and how long it took; the last callback to start."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Announce the compilation."""
+        if trainer.run.parallel.env.main and trainer.run.parallel.compiles:
+            print("compiling the model (parallel.compile=false trains without)", flush=True)
+            self._since = time.perf_counter()
+
+    def before_update(self, trainer: Trainer) -> None:
+        """Print the seconds until the first gradients."""
+        if self._since is not None:
+            seconds = time.perf_counter() - self._since
+            print(f"compiled, and the first gradients found, in {seconds:.0f} s", flush=True)
+            self._since = None
+
+
 class Evaluator(Callback):
     """Logs the validation loss every few steps and at the end."""
 
@@ -135,6 +156,7 @@ class Evaluator(Callback):
         )
         record = {"tokens": trainer.tokens, "elapsed": trainer.elapsed}
         trainer.log("eval", record | self.last.to_dict())
+        gc.collect()
 
 
 class Checkpointer(Callback):
@@ -183,6 +205,7 @@ class Checkpointer(Callback):
             run.parallel,
         )
         self._saved = trainer.step
+        gc.collect()
 
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

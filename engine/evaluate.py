@@ -8,6 +8,7 @@ import torch
 from geon.data import Corpus
 from geon.engine.parallel import Parallel
 from geon.errors import UsageError
+from geon.models import IGNORED
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def evaluate(
     """Evaluate windows of `context` tokens that do not overlap. Every rank must call this.
 
     Batches go to ranks in turn; a rank that has none left repeats the first with weight zero,
-    because sharded ranks must run the same number of forward passes.
+    because sharded ranks must run the same number of forward passes. All batches have one shape, so
+    that a compiled model is compiled once: the last is filled up with a window that is not counted.
     """
     windows = val_windows(corpus, context, val_tokens)
+    batch = min(batch, windows)
     batches = [range(i, min(i + batch, windows)) for i in range(0, windows, batch)]
     tensor = parallel.tensor  # ranks that compute the same batch together
     rank, world = parallel.env.rank // tensor, parallel.env.world // tensor
@@ -69,9 +72,12 @@ def evaluate(
     for turn in range(-(-len(batches) // world)):
         mine = turn * world + rank
         chosen = batches[mine] if mine < len(batches) else batches[0]
-        rows = np.stack([corpus.val.window(w * context, context + 1) for w in chosen])
+        filled = [*chosen, *[chosen[0]] * (batch - len(chosen))]
+        rows = np.stack([corpus.val.window(w * context, context + 1) for w in filled])
         tokens = torch.from_numpy(rows.astype(np.int64)).to(parallel.device)
-        loss = parallel.loss(tokens[:, :-1], tokens[:, 1:])
+        targets = tokens[:, 1:].clone()
+        targets[len(chosen) :] = IGNORED
+        loss = parallel.loss(tokens[:, :-1].contiguous(), targets)
         if mine < len(batches):
             total += loss.double() * len(chosen) * context
     parallel.reshard()

@@ -12,7 +12,14 @@ from omegaconf import OmegaConf
 from geon.configs.schema import Config, Mode
 from geon.engine import build, checkpoint, planning, runfolder
 from geon.engine.backends import check_deepspeed
-from geon.engine.callbacks import Checkpointer, Evaluator, Progress, Spectrum, write_json
+from geon.engine.callbacks import (
+    Checkpointer,
+    Compilation,
+    Evaluator,
+    Progress,
+    Spectrum,
+    write_json,
+)
 from geon.engine.curvature import Curvature
 from geon.engine.evaluate import val_windows
 from geon.engine.geometry import Geometry, RecordPairs
@@ -92,6 +99,7 @@ def _callbacks(config: Config) -> list[Callback]:
         evaluator,
         Checkpointer(config.checkpoint.every, config.checkpoint.keep),
         Report(evaluator),
+        Compilation(),
     ]
     if config.logger.spectrum_every:
         callbacks.insert(1, Spectrum(config.logger.spectrum_every))

@@ -181,6 +181,14 @@ class Parallel:
     _module: nn.Module | None = field(default=None, repr=False)
 
     @property
+    def compiles(self) -> bool:
+        """Whether forward and backward of the model are compiled."""
+        chosen = self.config.compile
+        if chosen is None:
+            return self.device.type == "cuda" and self.config.layout is not Layouts.deepspeed
+        return chosen
+
+    @property
     def dtype(self) -> torch.dtype:
         """Data type of the model's arithmetic."""
         chosen = self.config.precision
@@ -234,14 +242,39 @@ class Parallel:
     def wrap(self, model: LanguageModel) -> None:
         """Prepare forward and backward of a model, once its weights are set."""
         model.checkpoint_activations = self.config.activation_checkpointing
-        if self.config.compile:
-            for unit in model.shard_units():
-                unit.compile()
-        self._module = model
+        model.loss_chunks = self.config.loss_chunks or 1
+        self._module = self._compiled(model) if self.compiles else model
         if self.mesh is not None and self.config.layout is Layouts.ddp:
             from torch.nn.parallel import DistributedDataParallel
 
-            self._module = DistributedDataParallel(model, process_group=self.mesh.get_group())
+            self._module = DistributedDataParallel(
+                self._module, process_group=self.mesh.get_group()
+            )
+
+    def _compiled(self, model: LanguageModel) -> nn.Module:
+        """The model, compiled as a whole, or where its units are cut over ranks, unit by unit.
+
+        A whole model is compiled beside itself: `model` and its parameters' names stay. Units keep
+        the hooks that gather and cut their weights outside of what is compiled.
+        """
+        if self.config.layout in (Layouts.single, Layouts.ddp):
+            # Dynamo would cut the graph where DDP's buckets end, which it cannot inside of the
+            # loss, and around activation checkpoints: "no higher order op".
+            torch._dynamo.config.optimize_ddp = False
+            return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+        for unit in model.shard_units():
+            unit.forward = torch.compile(unit.forward, dynamic=False)
+        model.loss = torch.compile(model.loss, dynamic=False)  # type: ignore[method-assign]
+        return model
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Without compiled code: for passes of many shapes, which would each be compiled."""
+        if not self.compiles:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of this rank's micro-batch."""

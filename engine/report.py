@@ -42,13 +42,14 @@ class Report(Callback):
         if not config.sample_tokens or codec is None:
             return None
         ids = codec.encode(config.sample_prompt or "\n").astype(np.int64)
-        tokens = sample(
-            run.model,
-            torch.from_numpy(ids).to(run.parallel.device),
-            config.sample_tokens,
-            config.sample_temperature,
-            torch.Generator().manual_seed(run.config.seed),
-        )
+        with run.parallel.eager():
+            tokens = sample(
+                run.model,
+                torch.from_numpy(ids).to(run.parallel.device),
+                config.sample_tokens,
+                config.sample_temperature,
+                torch.Generator().manual_seed(run.config.seed),
+            )
         return codec.decode(tokens.tolist()).decode("utf-8", errors="replace")
 
     def _facts(self, trainer: Trainer) -> dict[str, Any]:

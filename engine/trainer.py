@@ -1,17 +1,38 @@
 """The training loop: read, forward, backward, step. All else is a callback."""
 
+import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from geon.data import Loader
 from geon.engine.build import Run
 from geon.engine.loggers import Logger
 from geon.engine.metrics import Stopwatch
 from geon.engine.schedule import fraction
+
+COLLECT_EVERY = 1000
+"""Steps between collections of garbage, besides those after evaluations and checkpoints."""
+
+
+@contextmanager
+def collected_seldom() -> Iterator[None]:
+    """Without the collector's own calls: it would stop one rank at a time, for all to wait."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was:
+            gc.enable()
 
 
 class Callback:
@@ -49,6 +70,7 @@ class Trainer:
         self.elapsed = 0.0
         self.lr_fraction = 0.0
         self.loss = torch.zeros((), device=run.parallel.device)
+        self.loader = Loader(run.batches, run.parallel.device)
         self.stopwatch = Stopwatch(run.parallel.device)
         self._resumed_at = time.perf_counter()
 
@@ -73,15 +95,18 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end of the schedule, then let the callbacks finish."""
-        for callback in self.callbacks:
-            callback.on_start(self)
-        self._resumed_at = time.perf_counter() - self.elapsed
-        while self.progress < 1.0:
-            self.train_step()
+        with closing(self.loader), collected_seldom():
             for callback in self.callbacks:
-                callback.on_step(self)
-        for callback in self.callbacks:
-            callback.on_end(self)
+                callback.on_start(self)
+            self._resumed_at = time.perf_counter() - self.elapsed
+            while self.progress < 1.0:
+                self.train_step()
+                for callback in self.callbacks:
+                    callback.on_step(self)
+                if self.step % COLLECT_EVERY == 0:
+                    gc.collect()
+            for callback in self.callbacks:
+                callback.on_end(self)
         for logger in self.loggers:
             logger.close()
 
@@ -91,12 +116,12 @@ class Trainer:
         self.lr_fraction = fraction(run.config.schedule, self.progress)
         run.optimizer.set_lr(self.lr_fraction)
         self.stopwatch.mark(first=True)
-        micros = run.batches.step(self.step)
+        micros = self.loader.step(self.step)
         total = torch.zeros((), device=parallel.device)
         for i, (tokens, targets) in enumerate(micros):
             last = i == len(micros) - 1
             with parallel.gradients(last):
-                loss = parallel.loss(tokens.to(parallel.device), targets.to(parallel.device))
+                loss = parallel.loss(tokens, targets)
                 parallel.backward(loss, len(micros), last)
             total += loss.detach() / len(micros)
         self.loss = total

@@ -3,7 +3,8 @@
 from geon.models.base import LanguageModel, ModelShape
 from geon.models.gpt import GPT
 from geon.models.gpt2 import GPT2
+from geon.models.loss import IGNORED
 
 MODELS: dict[str, type[LanguageModel]] = {"gpt": GPT, "gpt2": GPT2}
 
-__all__ = ["GPT", "GPT2", "MODELS", "LanguageModel", "ModelShape"]
+__all__ = ["GPT", "GPT2", "IGNORED", "MODELS", "LanguageModel", "ModelShape"]

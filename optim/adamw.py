@@ -12,6 +12,11 @@ from geon.errors import UsageError
 from geon.optim.entries import EntryRule, State
 from geon.optim.step import local
 
+_FUSED = ("cuda",)
+"""Devices on which torch's fused kernel steps all parameters at once. Its CPU kernel rounds the
+last few entries of a tensor otherwise than the rest, so shards would not step as the whole does.
+"""
+
 
 @dataclass(frozen=True)
 class AdamW(EntryRule):
@@ -50,9 +55,13 @@ class AdamW(EntryRule):
                 raise UsageError(f"AdamW {key} {numbers[key]} must be 0 or more")
 
     def new_state(self, param: Tensor) -> State:
-        """State at first: averages of 0 like the parameter (a DTensor's too), a CPU step count."""
+        """State at first: averages of 0 like the parameter (a DTensor's too), and a step count.
+
+        The count is on the CPU, or beside the parameter where the kernel is the fused one.
+        """
+        fused = param.device.type in _FUSED
         return {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), device=param.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(param, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
         }
@@ -72,6 +81,7 @@ class AdamW(EntryRule):
             [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
+            fused=all(p.device.type in _FUSED for p in params) or None,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
