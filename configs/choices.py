@@ -49,6 +49,9 @@ class Precision(Enum):
 
     auto = "auto"
     """bf16 on a GPU, fp32 on a CPU."""
+    native = "native"
+    """bf16 wherever the processor has instructions for it, a CPU too; fp32 elsewhere. Polar factors
+    with optim.polar.dtype=auto then follow. Two machines may differ."""
     fp32 = "fp32"
     bf16 = "bf16"
 

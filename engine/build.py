@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from geon.configs.schema import (
     Layouts,
     ModelConfig,
     ParallelConfig,
+    Precision,
     Source,
 )
 from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
-from geon.engine.parallel import Parallel, mesh_shape
+from geon.engine.parallel import Parallel, arithmetic, mesh_shape
 from geon.engine.sharding import make_sharding
 from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
@@ -70,14 +71,24 @@ def make_model(config: ModelConfig) -> LanguageModel:
         return MODELS[config.arch.value](ModelShape(**fields))
 
 
-def make_routing(model: LanguageModel, config: OptimConfig) -> Routing:
+def make_routing(model: LanguageModel, config: OptimConfig, half: bool = False) -> Routing:
     """Assign every parameter of a model to a rule.
+
+    half: take polar factors in bf16 where the config leaves it open, on a CPU too.
 
     Raises:
         UsageError: an unknown norm or manifold, a pair without a solver, a parameter no rule takes,
             heads for AdamW.
     """
+    if half and config.polar.dtype == "auto":
+        config = replace(config, polar=replace(config.polar, dtype="bf16"))
     return route_by(model.infos, config, model.rate_scale)
+
+
+def native_half(config: Config, device: str) -> bool:
+    """Whether parallel.precision=native stands for bf16 on a kind of device."""
+    native = config.parallel.precision is Precision.native
+    return native and arithmetic(Precision.native, device) is torch.bfloat16
 
 
 def check_cuts(routing: Routing, config: ParallelConfig) -> None:

@@ -7,8 +7,10 @@ import platform
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +32,12 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def bf16_instructions() -> bool:
+    """Whether this CPU has instructions for bf16 products; without, they are slower than fp32."""
+    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return any(bool(found) for name, found in capabilities().items() if "bf16" in name)
 
 
 def hardware(device: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from geon.configs.schema import Layouts, ModelConfig, ParallelConfig, Precision
+from geon.engine.metrics import bf16_instructions
 from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.models import LanguageModel
@@ -168,6 +169,14 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def arithmetic(precision: Precision, device: str) -> torch.dtype:
+    """Data type of the model's arithmetic on a kind of device."""
+    half = precision is Precision.bf16 or (device == "cuda" and precision is not Precision.fp32)
+    if precision is Precision.native and device == "cpu":
+        half = bf16_instructions()
+    return torch.bfloat16 if half else torch.float32
+
+
 @dataclass
 class Parallel:
     """The ranks of a run and what they share."""
@@ -191,10 +200,13 @@ class Parallel:
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the model's arithmetic."""
-        chosen = self.config.precision
-        if chosen is Precision.auto:
-            chosen = Precision.bf16 if self.device.type == "cuda" else Precision.fp32
-        return torch.bfloat16 if chosen is Precision.bf16 else torch.float32
+        return arithmetic(self.config.precision, self.device.type)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as steps call it: compiled, and behind DDP, where it is."""
+        assert self._module is not None
+        return self._module
 
     @property
     def sharded(self) -> bool:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from geon.configs.schema import Config
-from geon.engine.build import Routing, make_model, make_routing
+from geon.engine.build import Routing, make_model, make_routing, native_half
 from geon.engine.parallel import check_layout, planned_layouts
 from geon.engine.sharding import make_sharding, planned_device
 from geon.models import LanguageModel
@@ -27,7 +27,7 @@ def plan_ahead(config: Config, model: LanguageModel, routing: Routing, world: in
 def report_plan(config: Config, world: int) -> str:
     """What `mode=plan` prints: roles, routes and bytes, without a process group or a GPU."""
     model = make_model(config.model)
-    routing = make_routing(model, config.optim)
+    routing = make_routing(model, config.optim, native_half(config, planned_device(config)))
     check_layout(config.parallel, config.model, world)
     plan = plan_ahead(config, model, routing, world)
     if config.plan.format.value == "json":

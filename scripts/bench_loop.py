@@ -157,11 +157,11 @@ class Watched:
         return self.timeline.read()
 
     def gradients(self) -> None:
-        """Forward and backward of the bare model on the tokens of the last step."""
+        """Forward and backward, by the compiled model if any, on the tokens of the last step."""
         run = self.trainer.run
         for batch in self.micros:
             with _autocast(run.parallel):
-                loss = run.model(*batch)
+                loss = run.parallel.module(*batch)
             (loss / len(self.micros)).backward()
 
     def plain(self) -> None:

@@ -77,7 +77,7 @@ def slowed(monkeypatch, owner, name):
 @pytest.mark.parametrize(
     ("owner", "name", "phase", "added"),
     [
-        (Batches, "step", "data", True),
+        (Batches, "windows_at", "data", True),
         (GPT, "hidden", "forward", False),
         (Parallel, "backward", "backward", True),
         (HybridOptimizer, "step", "optimizer", False),
