@@ -123,6 +123,8 @@ class OptimConfig:
     pairs.pt of the run folder, for scripts/bench_solver.py."""
     momentum_dtype: MomentumDtype = MomentumDtype.fp32
     """What momenta rest in between steps: 4 or 2 bytes a parameter. Averages are fp32."""
+    compile: bool = False
+    """Let torch.compile make the code that finds directions, once for each rule and shape."""
     nonfinite: Nonfinite = Nonfinite["raise"]
     max_norm: float = 1.0
     """Clip the gradient of AdamW and baseline groups at this norm; 0 never clips. Others are scale

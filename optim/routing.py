@@ -123,7 +123,12 @@ def route_by(
         if name in assigned.values()
     }
     ladder = make_ladder(recipe.solver)
-    rules = {n: make_rule(c, recipe.polar, ladder, f"optim.{n}") for n, c in used.items()}
+    rules = {
+        name: make_rule(config, recipe.polar, ladder, f"optim.{name}", recipe.compile)
+        for name, config in used.items()
+    }
+    if recipe.compile and not any(isinstance(rule, Rule) for rule in rules.values()):
+        raise UsageError("optim.compile=true has no effect: no rule of this recipe steps matrices")
     for name, rule in rules.items():
         check_per_head(rule, used[name].per_head, f"optim.{name}")
         check_idle(rule, used[name].idle.value, f"optim.{name}")

@@ -21,7 +21,9 @@ from geon.optim.solvers import Ladder
 T = TypeVar("T")
 
 
-def make_rule(config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str) -> Rule | EntryRule:
+def make_rule(
+    config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str, compiled: bool = False
+) -> Rule | EntryRule:
     """Build one rule; `key` is its place in the config, for messages."""
     if config.rule is RuleKind.adamw:
         if len(config.betas) != 2:
@@ -41,6 +43,7 @@ def make_rule(config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str) 
             finishes=_make_finishes(config, key),
             second_moment=config.second_moment,
             even_rows=config.even_rows,
+            compiled=compiled,
         )
     except ValueError as error:
         raise UsageError(f"{key}: {error}" if key not in str(error) else str(error)) from None
