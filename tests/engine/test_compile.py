@@ -8,12 +8,15 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from geon.configs.schema import Layouts, ParallelConfig
+from geon.engine.evaluate import evaluate
 from geon.engine.main import execute
 from geon.engine.parallel import Parallel
 from geon.engine.trainer import collected_seldom
+from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.env import Env
 from tests.distributed.jobs import metrics, train
+from tests.engine.test_baselines import trainer_of
 from tests.launch.jobs import SMALLEST
 
 
@@ -60,14 +63,44 @@ def test_training_and_evaluation_are_compiled_once_each(tmp_path, graphs, capsys
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
-def test_compiled_ranks_train_as_eager_ones(tmp_path, layout):
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4), ("tp", 2), ("fsdp_tp", 4)]
+)
+def test_compiled_ranks_train_as_eager_ones(tmp_path, layout, ranks):
     options = [f"parallel={layout}", "optim=muon", "eval.every=7", "logger.every=1"]
     options += ["data.micro_batch=8", "parallel.activation_checkpointing=true"]
     runs = [train(tmp_path, on, 2, *options, f"parallel.compile={on}") for on in ("false", "true")]
     for kind, key in (("train", "loss"), ("eval", "val_nats_per_token")):
         eager, compiled = ([row[key] for row in metrics(run, kind)] for run in runs)
         assert compiled == pytest.approx(eager, abs=1e-5)
+
+
+def test_every_evaluation_batch_has_one_shape_and_padding_does_not_count():
+    """11 windows in batches of 4, beside torch's cross-entropy of each window."""
+    trainer = trainer_of("optim=muon", "data.micro_batch=4")
+    run, seen = trainer.run, []
+    loss = run.parallel.loss
+    run.parallel.loss = lambda x, y: seen.append((x.shape, y.shape)) or loss(x, y)
+    with torch.no_grad():
+        torch.nn.init.normal_(run.model.head.weight)
+    found = evaluate(run.parallel, run.corpus, 32, 352, 4)
+    assert seen == [((4, 32), (4, 32))] * 3
+    tokens = torch.from_numpy(run.corpus.val.window(0, 353).astype("int64"))
+    with torch.no_grad():
+        logits = run.model(tokens[:-1].view(11, 32)).flatten(0, 1).double()
+    wanted = torch.nn.functional.cross_entropy(logits, tokens[1:])
+    assert found.tokens == 352
+    assert found.nats_per_token == pytest.approx(wanted.item(), rel=1e-6)
+    seen.clear()
+    evaluate(run.parallel, run.corpus, 32, 64, 4)
+    assert seen == [((2, 32), (2, 32))]
+
+
+def test_deepspeed_refuses_to_be_compiled(tmp_path):
+    options = [*SMALLEST, "parallel=deepspeed_z1", "optim=muon", "optim.max_norm=0"]
+    options += ["parallel.compile=true", f"output={tmp_path}"]
+    with pytest.raises(UsageError, match=r"parallel\.compile=true with parallel=deepspeed"):
+        execute(compose(options), Env())
 
 
 @pytest.mark.parametrize("layout", list(Layouts))
