@@ -80,9 +80,10 @@ bench-gpu: .venv/run ## all of it on one GPU in under ten minutes; DION=path, TR
 	    $(if $(DION),--dion $(DION)) --json docs/results/gpu_step.json || failed=" step"; \
 	for rule in muon hybrid manifold_muon; do for compile in true false; do \
 	    echo "optim=$$rule parallel.compile=$$compile"; \
+	    label=--label=$$rule,compile=$$compile; test $$label != --label=muon,compile=true || label=; \
 	    $(BIN)/python -m geon.scripts.bench_train $(GPU_RUN) data.micro_batch=$(MICRO) \
 	        optim=$$rule parallel.compile=$$compile --warmup 2 --steps 6 --rounds 3 \
-	        $(if $(TRACK3),--track3 $(TRACK3)) --label "$$rule compile=$$compile" \
+	        $(if $(TRACK3),--track3 $(TRACK3)) $$label \
 	        --json docs/results/gpu_train.json $(BENCH) || failed="$$failed $$rule:$$compile"; \
 	done; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

@@ -119,10 +119,13 @@ def _say(found: dict[str, Any]) -> None:
 
 
 def write(path: Path, found: dict[str, Any], label: str | None) -> None:
-    """Write a result; with a label beside the results of other labels in the same file."""
+    """Write a result; with a label under "arms", beside those of other labels."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    arms = before.get("arms", {})
     if label is not None:
-        before = json.loads(path.read_text()) if path.exists() else {}
-        found = {**before, label: found}
+        found = {**before, "arms": {**arms, label: found}}
+    elif arms:
+        found = {**found, "arms": arms}
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -142,7 +145,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         "--track3", metavar="TOKENS_PER_SECOND", help="of the speedrun's trainer; 1.165s: of a step"
     )
     add("--json", type=Path, metavar="FILE", help="write the result there")
-    add("--label", help="key of the result in the file, which keeps those of other labels")
+    add("--label", help="key of the result among the arms of the file, which keeps the others")
     told = parser.parse_intermixed_args(arguments)
     told.words = sys.argv[1:] if arguments is None else list(arguments)
     for option, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):

@@ -61,7 +61,9 @@ def test_the_result_has_every_field_and_its_parts_are_the_step(tmp_path, monkeyp
 def test_labels_share_a_file(tmp_path):
     measured(tmp_path, "--label", "a")
     found = measured(tmp_path, "--label", "b", "optim=muon")
-    assert set(found) == {"a", "b"} and all(set(one) == KEYS for one in found.values())
+    assert set(found["arms"]) == {"a", "b"} and all(set(a) == KEYS for a in found["arms"].values())
+    found = measured(tmp_path)
+    assert set(found) == KEYS | {"arms"} and set(found["arms"]) == {"a", "b"}
 
 
 def slowed(monkeypatch, owner, name):
