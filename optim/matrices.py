@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from geon.errors import UsageError
+from geon.optim.costs import Cost
 from geon.optim.entries import EntryRule
 from geon.optim.norms import Reach
 from geon.optim.roles import Block, ParamInfo
@@ -75,8 +76,7 @@ def matrices_of(
                 reach=rule.reach if block.view.plain else Reach.MATRIX,
                 operands=2 if rule.needs_weight else 1,
                 wire_bytes=wire_bytes,
-                flops=sum(form.count * rule.flops(form.shape) for form in block.forms),
-                half=rule.half_on(device),
+                cost=_cost(rule, block, device),
                 orthogonalizes=rule.orthogonalizes,
                 scale=block_scale(rule, block),
                 sums=sums_of(rule, block.box) if block.view.plain else None,
@@ -91,10 +91,18 @@ def matrices_of(
         raise UsageError(f"parameter '{info.name}': {error}") from None
 
 
+def _cost(rule: Rule, block: Block, device: str) -> Cost:
+    """Cost of a step of all matrices in a block."""
+    found = Cost()
+    for form in block.forms:
+        found += rule.cost(form.shape, device).batch(form.count)
+    return found
+
+
 def sums_of(rule: Rule, shape: tuple[int, int]) -> Sums | None:
     """What a step of this rule needs sums of, if it can do with sums."""
     if rule.row_form is not None:
-        return Sums("norms", down=2, up=1, owner_flops=0, shared_flops=rule.flops(shape))
+        return Sums("norms", down=2, up=1, owner_cost=Cost(), shared_cost=rule.cost(shape))
     form, short = rule.gram_form(shape), min(shape)
     if form is None:
         return None
@@ -102,8 +110,8 @@ def sums_of(rule: Rule, shape: tuple[int, int]) -> Sums | None:
         "gram",
         form.down(short),
         form.up(short),
-        form.owner_flops(shape),
-        form.shared_flops(shape),
+        form.owner_cost(shape),
+        form.shared_cost(shape),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from geon.errors import UsageError
+from geon.optim.costs import Cost
 from geon.optim.finishes import FINISHES, EvenRows, Finish, Move, RowMoments
 from geon.optim.manifolds import Euclidean, Manifold
 from geon.optim.norms import Norm, Reach, RowWise, Spectral
@@ -191,10 +192,6 @@ class Rule:
         """Whether a step takes a polar factor (counted in the log)."""
         return isinstance(self.norm, Spectral)
 
-    def half_on(self, device: str) -> bool:
-        """Whether most of a whole step is in bf16 on this kind of device."""
-        return self.solver.half_on(torch.device(device))
-
     def gram_form(self, shape: tuple[int, int]) -> GramForm | None:
         """The step of a matrix of this shape from sums over its long side, where there is one."""
         if self._head:  # a finish looks at rows, or at all of the direction: no sum has them
@@ -208,9 +205,23 @@ class Rule:
             return None
         return RowForm(self.norm)
 
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of a whole step of a matrix of this shape on a kind of device.
+
+        Beside direction, finishes and retraction: momenta, stacking and writing, in 11 words an
+        entry, or 20 where weights are made whole and written back.
+        """
+        entries = shape[0] * shape[1]
+        found = self.solver.cost(shape, device) + self.manifold.cost(shape, device)
+        for finish in self.finishes:
+            found += finish.cost(shape, device)
+        if self.needs_weight:
+            return found + Cost(words=20 * entries, operators=11)
+        return found + Cost(words=11 * entries, operators=7)
+
     def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of a direction and of one retraction, for a matrix of this shape."""
-        return self.solver.flops(shape) + self.manifold.flops(shape)
+        """FLOPs of a step of a matrix of this shape on a CPU."""
+        return self.cost(shape).flops
 
     # The step.
 

@@ -82,22 +82,23 @@ def imports():
 
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
-PARTS = "adamw baselines builder declare entries families foreign groups hybrid last_layers linalg"
-PARTS += " matrices place readings roles router routing rule state step storage tree views words"
-PARTS += " finishes manifolds norms polar shard solvers"
+PARTS = "adamw baselines builder costs declare entries families foreign groups hybrid linalg words"
+PARTS += " last_layers matrices place readings roles router routing rule state step storage tree"
+PARTS += " finishes manifolds norms polar shard solvers views"
 PARTS = " ".join(f"optim.{part}" for part in PARTS.split())
 ARROWS = {
     "geon": "",
     "geon.errors": "",
+    "optim.costs": "",
     "optim.linalg": "",
-    "optim.polar": "optim.linalg",
-    "optim.norms": "optim.linalg optim.polar",
-    "optim.manifolds": "optim.linalg optim.polar",
-    "optim.finishes": "optim.linalg optim.norms optim.manifolds",
-    "optim.solvers": "optim.linalg optim.norms optim.manifolds optim.polar",
-    "optim.rule": "optim.norms optim.manifolds optim.finishes optim.solvers",
+    "optim.polar": "optim.costs optim.linalg",
+    "optim.norms": "optim.costs optim.linalg optim.polar",
+    "optim.manifolds": "optim.costs optim.linalg optim.polar",
+    "optim.finishes": "optim.costs optim.linalg optim.norms optim.manifolds",
+    "optim.solvers": "optim.costs optim.linalg optim.norms optim.manifolds optim.polar",
+    "optim.rule": "optim.costs optim.norms optim.manifolds optim.finishes optim.solvers",
     "optim.views": "",
-    "optim.shard": "optim.norms optim.views",
+    "optim.shard": "optim.costs optim.norms optim.views",
     "optim.roles": "optim.views",
     "optim.router": "optim.roles",
     "optim.declare": "optim.roles",
@@ -120,7 +121,7 @@ ARROWS = {
     "optim.step": "optim.entries optim.readings optim.rule optim.shard optim.views",
     "optim.storage": "optim.shard optim.step",
     "optim.state": "optim.entries optim.roles optim.rule optim.step optim.storage",
-    "optim.matrices": "optim.entries optim.norms optim.roles optim.rule optim.shard",
+    "optim.matrices": "optim.costs optim.entries optim.norms optim.roles optim.rule optim.shard",
     "optim.groups": "optim.entries optim.matrices optim.norms optim.roles optim.rule optim.shard"
     " optim.step optim.storage",
     "optim.hybrid": "optim.entries optim.groups optim.linalg optim.matrices optim.readings"
@@ -353,8 +354,7 @@ def test_pyproject_maps_every_package_to_its_folder():
 
 
 def test_every_folder_with_modules_is_a_package():
-    folders = {file.parent for file in PACKAGE}
-    assert not [place(f) for f in folders if not (f / "__init__.py").is_file()]
+    assert not [f for f in {file.parent for file in PACKAGE} if not (f / "__init__.py").is_file()]
 
 
 @pytest.mark.parametrize(("file", "most"), [("train.py", 80), ("geon/__init__.py", 15)])

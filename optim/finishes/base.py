@@ -4,6 +4,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.manifolds import Manifold
 from geon.optim.norms import Norm, Reach
 
@@ -72,6 +73,10 @@ class Finish:
     def settle(self, weight: Tensor, moved: Tensor) -> Tensor:
         """Return changed weights after the step, given those before and after it."""
         return moved
+
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost for one matrix, rough: a pass for norms, one to apply them, and small kernels."""
+        return Cost(words=6 * shape[0] * shape[1], operators=10)
 
     def describe(self) -> str:
         """Describe the finish in a few words, for tables."""

@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
+from geon.optim.costs import Cost
+
 
 class Manifold(ABC):
     """A set of matrices (..., d_out, d_in), as weights are stored (scale included)."""
@@ -56,9 +58,9 @@ class Manifold(ABC):
             ValueError: the weight has no nearest point (a zero matrix, say).
         """
 
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one retraction of a matrix of this shape; 0 where it is element-wise."""
-        return 0
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of one retraction of a matrix of this shape; element-wise by default."""
+        return Cost(words=10 * shape[0] * shape[1], operators=8)
 
     def distance(self, weight: Tensor) -> Tensor:
         """`residual`, or something within a few per cent of it that costs products alone."""

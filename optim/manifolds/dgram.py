@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.linalg import gaussian, multiply_add, orient, orient_like, unit_frobenius
 from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.manifolds.sphere import refuse_zero_vectors
@@ -37,6 +38,11 @@ class DGram(Manifold):
         """
         w, v = orient(weight), orient(vector)
         return orient_like(tangent_tall(w, v, inverse_sums(w)), vector)
+
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of a retraction by one cubic step, which is in fp32."""
+        entries = shape[0] * shape[1]
+        return Cost(fp32=4 * min(shape) * entries, words=5 * entries, operators=6)
 
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
         """Cubic Newton-Schulz steps on the unit columns (two above 0.05 rad); lengths kept.

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.linalg import gaussian
 from geon.optim.manifolds.base import Manifold
 
@@ -25,6 +26,10 @@ class Euclidean(Manifold):
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
         """Retracted weight: the weight itself, as every matrix is a point."""
         return weight
+
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of a retraction: none."""
+        return Cost()
 
     def residual(self, weight: Tensor) -> Tensor:
         """Residual of each matrix of the batch: 0."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from geon.optim.costs import Cost, products
 from geon.optim.linalg import (
     accurate_on,
     frobenius,
@@ -87,9 +88,11 @@ class SpectralBall(_Spectral):
         """Schatten-64 norm of each matrix over the bound."""
         return schatten_64(weight / self.bound(weight.shape))
 
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of the norm that decides on a cap; a cap costs two polar factors more."""
-        return 2 * min(shape) ** 2 * max(shape) + 8 * min(shape) ** 3
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of the norm that decides on a cap; a cap costs two polar factors more."""
+        short, entries = min(shape), shape[0] * shape[1]
+        arithmetic = "fp32" if device == "cpu" else "bf16"
+        return products(2 * short * entries + 8 * short**3, arithmetic, 3 * entries, operators=11)
 
     def residual(self, weight: Tensor) -> Tensor:
         """How far ||W||_2 is above the bound, relative to it. Cost: one SVD."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.linalg import (
     Precision,
     accurate_on,
@@ -66,9 +67,10 @@ class Stiefel(Manifold):
             u = cubic_step(u, precision)
         return orient_like(u * self.scale(weight.shape), weight)
 
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of a retraction by one cubic step."""
-        return 4 * min(shape) ** 2 * max(shape)
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of a retraction by one cubic step, which is in fp32."""
+        entries = shape[0] * shape[1]
+        return Cost(fp32=4 * min(shape) * entries, words=4 * entries, operators=4)
 
     def residual(self, weight: Tensor) -> Tensor:
         """Residual of each matrix: largest entry of |U^T U - I|."""

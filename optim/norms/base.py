@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.linalg import inner
 
 
@@ -51,6 +52,7 @@ class Norm(ABC):
         """Dual norm, (...): the largest <grad, D> over the unit ball, as the LMO attains it."""
         return inner(grad, self.lmo(grad))[..., 0, 0]
 
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one LMO of a matrix of this shape; element-wise by default."""
-        return 4 * shape[0] * shape[1]
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of one LMO of a matrix of this shape; element-wise by default."""
+        entries = shape[0] * shape[1]
+        return Cost(fp32=4 * entries, words=10 * entries, operators=8)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.linalg import gaussian
 from geon.optim.norms.base import Norm
 from geon.optim.polar import Polar
@@ -59,6 +60,7 @@ class Spectral(Norm):
         """Extent, the Frobenius norm of a full direction: the factor times sqrt(short side)."""
         return self.factor(shape) * math.sqrt(min(shape[-2:]))
 
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one LMO: those of one polar factor."""
-        return self.polar.flops(shape)
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of one LMO: a polar factor, and the factor on it."""
+        scaling = Cost(words=2 * shape[0] * shape[1], operators=1)
+        return self.polar.cost(shape, device) + scaling

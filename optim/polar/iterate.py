@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from geon.optim.costs import Cost, products
 from geon.optim.linalg import (
     Precision,
     multiply_add,
@@ -128,10 +129,23 @@ class Polar:
         precision = self.precision_on(matrix.device)
         return _iterate(unit_scaled(matrix), self._triples, precision)
 
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one polar factor of this shape, every pass of bf16x3 counted."""
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of one polar factor of this shape on a kind of device.
+
+        Beside the products: the largest entry and the norm, two divisions, and two casts.
+        """
         short, long = min(shape), max(shape)
         steps, table = self.plan()
         squares = sum(c != 0 for _, _, c in table.steps(steps))
-        passes = self.precision.passes if self.precision else 1
-        return passes * (4 * steps * short * short * long + 2 * squares * short**3)
+        precision = self.precision_on(torch.device(device)) or Precision.FP32
+        cast = precision is Precision.BF16
+        return products(
+            4 * steps * short * short * long + 2 * squares * short**3,
+            precision.value,
+            words=(11 if cast else 8) * short * long,
+            operators=3 * steps + (9 if cast else 7),
+        )
+
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of one polar factor of this shape, every pass of bf16x3 counted."""
+        return self.cost(shape).flops

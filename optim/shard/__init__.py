@@ -1,8 +1,9 @@
 """Who holds what of each matrix, what is sent for a step, and the sending."""
 
-from geon.optim.shard.cost import MACHINES, Bytes, Machine, lower_bound_words
+from geon.optim.shard.cost import lower_bound_words
 from geon.optim.shard.exchange import Exchange
 from geon.optim.shard.layout import Flat, Grid, Holding, Layout, Piece, Region, holding
+from geon.optim.shard.machine import MACHINES, Bytes, Machine, constant, read_machine, speed
 from geon.optim.shard.matrix import Matrix, Sums
 from geon.optim.shard.plan import Bucket, Plan
 from geon.optim.shard.planner import make_plan
@@ -33,7 +34,10 @@ __all__ = [
     "Sums",
     "Transport",
     "Work",
+    "constant",
     "holding",
     "lower_bound_words",
     "make_plan",
+    "read_machine",
+    "speed",
 ]

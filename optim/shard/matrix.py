@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from geon.optim.costs import Cost
 from geon.optim.norms import Reach
 from geon.optim.shard.layout import Holding, Interval, Layout, Region, holding
 from geon.optim.views import Form, View
@@ -20,15 +21,15 @@ class Sums(NamedTuple):
         kind: name of the transport: gram, or norms.
         down: words a rank sends to the owner; norms: for each row.
         up: words a rank receives from the owner; norms: for each row.
-        owner_flops: on the owner.
-        shared_flops: over all ranks, each in proportion to what it holds.
+        owner_cost: on the owner.
+        shared_cost: over all ranks, each in proportion to what it holds.
     """
 
     kind: str
     down: int
     up: int
-    owner_flops: int
-    shared_flops: int
+    owner_cost: Cost
+    shared_cost: Cost
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Matrix:
         reach: how much must be whole on a rank.
         operands: tensors a step needs whole: 1 (the update), or 2 (the weight too).
         wire_bytes: bytes of one entry of an update or direction on the wire; weights take 4.
-        flops: FLOPs of the step on the whole matrix.
-        half: whether those are in bf16; sums never are.
+        cost: of the step on the whole matrix.
         orthogonalizes: whether the step takes a polar factor.
         scale: size of this matrix over the one that its rule gives to a matrix of its shape; not 1
             for a head's block only.
@@ -61,9 +61,8 @@ class Matrix:
     reach: Reach
     operands: int
     wire_bytes: int
-    flops: int
+    cost: Cost
     orthogonalizes: bool
-    half: bool = False
     scale: float = 1.0
     sums: Sums | None = None
     row_states: int = 0

@@ -6,12 +6,13 @@ to the byte.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from geon.optim.shard.cost import Bytes, Machine, lower_bound_words, seconds
+from geon.optim.shard.cost import lower_bound_words, seconds
+from geon.optim.shard.machine import Bytes, Machine
 from geon.optim.shard.matrix import Matrix
 from geon.optim.shard.sharding import Sharding
 from geon.optim.shard.transports import Job
@@ -24,6 +25,7 @@ class Bucket:
     jobs: tuple[Job, ...]
     ranks: int
     machine: Machine
+    alone: bool = False
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -40,7 +42,7 @@ class Bucket:
         """What each rank sends, computes and holds in the bucket."""
         loads = [Load() for _ in range(self.ranks)]
         for job in self.jobs:
-            add(loads, job, self.machine)
+            add(loads, job, self.machine, self.alone)
         return loads
 
     @cached_property
@@ -67,7 +69,7 @@ class Bucket:
         return (
             before + machine.latency * self.gathers,
             after + machine.latency * self.scatters,
-            max(machine.work(x.flops, x.half_flops) for x in loads),
+            max(machine.work(x.seconds, x.operators) for x in loads),
         )
 
     def describe(self) -> str:
@@ -84,8 +86,9 @@ class Load:
         down_sent, down_got: before the computation.
         up_sent, up_got: after it.
         work_bytes: scratch besides what travels.
-        flops: in fp32.
-        half_flops: in bf16.
+        flops: of the rank's own products.
+        seconds: that its device takes for what it computes.
+        batches: operators of each batch that it steps, by what makes matrices one batch.
     """
 
     down_sent: Bytes = Bytes()
@@ -94,7 +97,13 @@ class Load:
     up_got: Bytes = Bytes()
     work_bytes: int = 0
     flops: int = 0
-    half_flops: int = 0
+    seconds: float = 0.0
+    batches: dict[Hashable, int] = field(default_factory=dict)
+
+    @property
+    def operators(self) -> int:
+        """Operators that the rank's host issues."""
+        return sum(self.batches.values())
 
     @property
     def sent(self) -> int:
@@ -107,8 +116,8 @@ class Load:
         return self.sent + self.down_got.total + self.up_got.total + self.work_bytes
 
 
-def add(loads: Sequence[Load], job: Job, machine: Machine) -> None:
-    """Add one job to the loads of a bucket."""
+def add(loads: Sequence[Load], job: Job, machine: Machine, alone: bool = False) -> None:
+    """Add one job to the loads of a bucket. alone: it is computed by itself, not in a batch."""
     for message in job.down:
         size = machine.crossing(message.sender, message.receiver, message.size)
         loads[message.sender].down_sent += size
@@ -119,11 +128,12 @@ def add(loads: Sequence[Load], job: Job, machine: Machine) -> None:
         loads[message.receiver].up_got += size
     for rank in job.matrix.holding.of.keys() | {job.owner}:
         loads[rank].work_bytes += job.work_bytes(rank)
-        flops = job.flops(rank)
-        if job.half:
-            loads[rank].half_flops += flops
-        else:
-            loads[rank].flops += flops
+        cost = job.cost(rank)
+        loads[rank].flops += cost.flops
+        loads[rank].seconds += machine.compute(cost, job.side)
+        if cost.operators:
+            batch = job if alone else (job.matrix.kind, job.transport.name)
+            loads[rank].batches[batch] = cost.operators
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ class Plan:
         totals = [0] * self.ranks
         for own in loads:
             for rank, load in enumerate(own):
-                totals[rank] += load.flops + load.half_flops
+                totals[rank] += load.flops
         return totals
 
     @cached_property
@@ -169,7 +179,7 @@ class Plan:
         """FLOPs of each rank as an owner: what the plan has to balance."""
         loads = [0] * self.ranks
         for job in self.jobs:
-            loads[job.owner] += job.owner_flops
+            loads[job.owner] += job.owner_cost.flops
         return loads
 
     @property

@@ -44,7 +44,9 @@ def make_plan(matrices: Sequence[Matrix], sharding: Sharding | None = None) -> P
         moving = [job for job in jobs if job.transport.owned]
         filled = _fill(moving, ranks, sharding)
         filled += [still] if still else []
-    buckets = tuple(Bucket(tuple(own), ranks, sharding.machine) for own in filled)
+    buckets = tuple(
+        Bucket(tuple(own), ranks, sharding.machine, sharding.reproducible) for own in filled
+    )
     return Plan(buckets, ranks, sharding)
 
 
@@ -97,8 +99,9 @@ class _Price(NamedTuple):
         copies: how many there are of the kind.
         owned: whether each has an owner.
         down, up: seconds for one rank to send all that is sent for one of them, each way.
-        owner_seconds: on its owner.
-        seconds: on every rank.
+        owner_seconds: of its owner's device.
+        seconds: of every rank's device.
+        operators: of a batch of the kind, or of all of them where they are computed alone.
     """
 
     copies: int
@@ -107,6 +110,7 @@ class _Price(NamedTuple):
     up: float
     owner_seconds: float
     seconds: float
+    operators: int
 
 
 def _price(
@@ -118,20 +122,17 @@ def _price(
         sum(machine.travel(machine.crossing(m.sender, m.receiver, m.size)) for m in messages)
         for messages in (job.down, job.up)
     )
-    others = (job.total_flops - job.owner_flops) / ranks
+    owner, others = job.owner_cost, job.shared_cost.batch(job.matrix.copies / ranks)
+    batches = -(-len(members) // ranks) if sharding.reproducible else 1
     return _Price(
         len(members),
         transport.owned,
         down,
         up,
-        _seconds(job, job.owner_flops, sharding),
-        _seconds(job, others, sharding),
+        machine.compute(owner, job.side),
+        machine.compute(others, job.side),
+        (owner.operators + others.operators) * batches,
     )
-
-
-def _seconds(job: Job, flops: float, sharding: Sharding) -> float:
-    machine = sharding.machine
-    return machine.work(0, flops) if job.half else machine.work(flops)
 
 
 def _predict(
@@ -156,8 +157,8 @@ def _predict(
     machine = sharding.machine
     fills = 1 + (before + after) * machine.bandwidth / (sharding.max_buffer_mb * 2**20)
     latency = machine.latency * fills * ((before > 0) + (after > 0))
-    work = max(load[0] for load in heap) + sum(p.copies * p.seconds for p in chosen)
-    return latency + before + after + work
+    computed = max(load[0] for load in heap) + sum(p.copies * p.seconds for p in chosen)
+    return latency + before + after + machine.work(computed, sum(p.operators for p in chosen))
 
 
 def _assign(
@@ -171,11 +172,11 @@ def _assign(
     for matrix in matrices:
         job = Job(matrix, choice[_kind(matrix, sharding)], matrix.holders[0])
         if job.transport.owned:
-            owned.append((job, _seconds(job, job.owner_flops, sharding)))
+            owned.append((job, sharding.machine.compute(job.owner_cost, job.side)))
             continue
         jobs.append(job)
         for rank in matrix.holding.of:
-            loads[rank] += sharding.machine.work(job.flops(rank))
+            loads[rank] += sharding.machine.compute(job.cost(rank), job.side)
     owned.sort(key=lambda pair: (-pair[1], pair[0].matrix.shape))
     for job, cost in owned:
         owner = _least_loaded(job.matrix, loads, sharding)
@@ -200,13 +201,13 @@ def _fill(jobs: Sequence[Job], ranks: int, sharding: Sharding) -> list[list[Job]
     loads: list[Load] = []
     for job in jobs:
         own = [Load() for _ in range(ranks)]
-        add(own, job, sharding.machine)
+        add(own, job, sharding.machine, sharding.reproducible)
         if buckets:
             most = max(load.buffer + more.buffer for load, more in zip(loads, own, strict=True))
             turn = all(job.owner != other.owner for other in buckets[-1])
             if most <= limit or turn:
                 buckets[-1].append(job)
-                add(loads, job, sharding.machine)
+                add(loads, job, sharding.machine, sharding.reproducible)
                 continue
         buckets.append([job])
         loads = own

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from geon.errors import UsageError, nearest
-from geon.optim.shard.cost import MACHINES, Machine
+from geon.optim.shard.machine import MACHINES, Machine
 
 CHOICES = ("auto", "owner", "gram")
 OBJECTIVES = ("time", "bytes")

@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from geon.optim.costs import Cost
 
 
 class Solution(NamedTuple):
@@ -35,12 +36,12 @@ class Solver(ABC):
         """Directions of norm 1 for a batch of gradients; zero for a zero gradient."""
 
     @abstractmethod
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of one direction for a matrix of this shape."""
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of one direction for a matrix of this shape on a kind of device."""
 
-    def half_on(self, device: torch.device) -> bool:
-        """Whether most FLOPs of a direction are in bf16 on a device."""
-        return False
+    def flops(self, shape: tuple[int, int]) -> int:
+        """FLOPs of one direction on a CPU, every pass of bf16x3 counted."""
+        return self.cost(shape).flops
 
     def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
         """Readings of one step for the log, (batch,) each; slow, taken every so many steps."""

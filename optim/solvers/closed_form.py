@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from geon.optim.linalg import Precision
+from geon.optim.costs import Cost
 from geon.optim.manifolds import (
     DGram,
     Manifold,
@@ -33,6 +33,28 @@ SCALAR_EVALUATIONS = 4
 DGRAM_ROUNDS = 3
 
 
+class Beside(NamedTuple):
+    """What a formula takes besides polar factors; tests/optim/test_costs.py counts it again.
+
+    Attributes:
+        words: read and written, an entry.
+        operators: kernels.
+        long, short: fp32 products of long x short by short x short, and of short x short.
+        square_factors: polar factors of short x short.
+    """
+
+    words: int = 0
+    operators: int = 0
+    long: int = 0
+    short: int = 0
+    square_factors: int = 0
+
+
+NOTHING = Beside()
+ONE_CONSTRAINT = Beside(words=130, operators=260)
+DGRAM = Beside(words=66, operators=80, long=19, short=11, square_factors=DGRAM_ROUNDS)
+
+
 @dataclass(frozen=True)
 class ClosedForm(Solver):
     """(grad, weight) -> direction by `solve`, which takes so many `polar_factors`."""
@@ -41,21 +63,22 @@ class ClosedForm(Solver):
     manifold: Manifold
     solve: Callable[[Tensor, Tensor], Tensor]
     polar_factors: int = 0
+    beside: Beside = NOTHING
 
     def __call__(self, grad: Tensor, weight: Tensor) -> Solution:
         """Directions of a batch of gradients by the formula."""
         return Solution(self.solve(grad, weight))
 
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of the polar factors, or of one LMO."""
-        return max(1, self.polar_factors) * self.norm.flops(shape)
-
-    def half_on(self, device: torch.device) -> bool:
-        """Whether the solver's polar factors, if it takes any, are in bf16 on a device."""
-        norm = self.norm
-        if not isinstance(norm, Spectral):
-            return False
-        return norm.polar.precision_on(device) is Precision.BF16
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of the polar factors, or of one LMO, and of what is beside them."""
+        short, entries = min(shape), shape[0] * shape[1]
+        own = Cost(
+            fp32=2 * self.beside.long * short * entries + 2 * self.beside.short * short**3,
+            words=self.beside.words * entries,
+            operators=self.beside.operators,
+        )
+        inner = self.norm.cost((short, short), device).times(self.beside.square_factors)
+        return own + inner + self.norm.cost(shape, device).times(max(1, self.polar_factors))
 
     def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
         """Share of the direction that is normal to the manifold."""
@@ -68,19 +91,23 @@ def find(norm: Norm, manifold: Manifold) -> ClosedForm | None:
     """Solver of a pair (norm, manifold); None when there is no closed form."""
     on_sphere = isinstance(manifold, Sphere)
 
-    def made(solve: Callable[[Tensor, Tensor], Tensor], polar_factors: int = 0) -> ClosedForm:
-        return ClosedForm(norm, manifold, solve, polar_factors)
+    def made(
+        solve: Callable[[Tensor, Tensor], Tensor], polar_factors: int = 0, beside: Beside = NOTHING
+    ) -> ClosedForm:
+        return ClosedForm(norm, manifold, solve, polar_factors, beside)
 
     match norm:
         case _ if manifold.flat:
             # Every direction is tangent; on the ball, the retraction caps what leaves it.
             return made(lambda g, w: norm.lmo(g), int(isinstance(norm, Spectral)))
         case Spectral() if on_sphere:
-            return made(lambda g, w: _one_constraint(norm, g, w), SCALAR_EVALUATIONS)
+            solve = lambda g, w: _one_constraint(norm, g, w)  # noqa: E731
+            return made(solve, SCALAR_EVALUATIONS, ONE_CONSTRAINT)
         case Spectral() if isinstance(manifold, SpectralSphere):
-            return made(lambda g, w: _one_constraint(norm, g, _top(w)), SCALAR_EVALUATIONS)
+            solve = lambda g, w: _one_constraint(norm, g, _top(w))  # noqa: E731
+            return made(solve, SCALAR_EVALUATIONS, ONE_CONSTRAINT)
         case Spectral() if isinstance(manifold, DGram):
-            return made(lambda g, w: _dgram(norm, g, w), 1 + 2 * DGRAM_ROUNDS)
+            return made(lambda g, w: _dgram(norm, g, w), 1 + DGRAM_ROUNDS, DGRAM)
         case Frobenius():
             return made(lambda g, w: tangent_normalised(g, w, manifold))
         case RMS() if on_sphere:

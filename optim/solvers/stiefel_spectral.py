@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from geon.errors import UsageError
+from geon.optim.costs import Cost, products
 from geon.optim.linalg import Precision, accurate_on, orient, orient_like, product, skew
 from geon.optim.manifolds.stiefel import Stiefel, tangent_unit
 from geon.optim.norms.spectral import Spectral
@@ -145,33 +146,37 @@ class StiefelSpectral(Solver):
             return self.ladder.form == "rect"
         return self.norm.polar.precision_on(device) is Precision.BF16
 
-    def flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of a direction on a CPU, in fp32 (a GPU takes the rectangular form)."""
-        short, ratio = min(shape), max(shape) / min(shape)
-        rough = self._rough(torch.device("cpu"))
-        of_polar = self.norm.polar.flops(shape)
-        if ratio == 1.0:
-            accurate = self.ladder.method == "lgm" and not rough
-            steps = SQUARE_STEPS * 6 * short**3
-            return (steps if accurate else of_polar) + 4 * short**3
-        products = {
-            "oneshot": 4 * ratio,
-            "published": dual_ascent_products(ratio, PUBLISHED_STEPS, 0),
-            "exact": 0.0,
-            "lgm": lgm.gram_products(ratio, self.ladder.refine),
-        }[self.ladder.method]
-        factors = {"oneshot": 1, "published": PUBLISHED_STEPS}.get(self.ladder.method, 0)
-        if self.ladder.method == "lgm" and rough:
-            products = lgm.rectangular_products(ratio, self.ladder.refine)
-            factors = 2 + self.ladder.refine
-        return round(products * 2 * short**3) + factors * of_polar
+    def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
+        """Cost of a direction: polar factors in their arithmetic, other products in fp32.
 
-    def half_on(self, device: torch.device) -> bool:
-        """Whether polar factors of long matrices, if the method takes any, are in bf16."""
-        if self.ladder.method == "lgm":
-            return self._rough(device)
-        half = self.norm.polar.precision_on(device) is Precision.BF16
-        return half and self.ladder.method != "exact"
+        The words of n x n matrices and the kernels are as tests/optim/test_costs.py counts them.
+        """
+        short, entries, refine = min(shape), shape[0] * shape[1], self.ladder.refine
+        method, ratio, cube = self.ladder.method, entries / short**2, 2 * min(shape) ** 3
+        rough, factor = self._rough(torch.device(device)), self.norm.polar.cost(shape, device)
+        if ratio == 1.0 and method != "exact":
+            if method == "lgm" and not rough:
+                factor = products(3 * SQUARE_STEPS * cube, "fp32", 8 * entries, 37)
+            return factor + Cost(fp32=2 * cube, words=14 * entries, operators=8)
+        if method == "oneshot":
+            words = 10 * entries + 10 * short**2
+            return factor + products(4 * ratio * cube, "fp32", words, operators=12)
+        if method == "published":
+            count = dual_ascent_products(ratio, PUBLISHED_STEPS, 0)
+            words = PUBLISHED_STEPS * (5 * entries + 10 * short**2)
+            beside = products(count * cube, "fp32", words, 8 * PUBLISHED_STEPS)
+            return factor.times(PUBLISHED_STEPS) + beside
+        if method == "exact":  # on the host, which no speed describes
+            return Cost()
+        if rough:
+            count = lgm.rectangular_products(ratio, refine)
+            words = (42 + 3 * refine) * entries + (198 + 172 * refine) * short**2
+            beside = products(count * cube, "fp32", words, 221 + 105 * refine)
+            return factor.times(2 + refine) + beside
+        arithmetic = (self.ladder.precision or Precision.FP32).value
+        words = 20 * entries + (438 + 268 * refine) * short**2
+        count = lgm.gram_products(ratio, refine)
+        return products(count * cube, arithmetic, words, 423 + 187 * refine)
 
     def inspect(self, grad: Tensor, weight: Tensor, direction: Tensor) -> dict[str, Tensor]:
         """Certified gap, tangency defect and spectral norm of a direction."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geon.optim.costs import Cost, products
 from geon.optim.linalg import Precision, eye, product, sym, trace
 from geon.optim.manifolds import Euclidean, Manifold, Stiefel
 from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE
@@ -42,12 +43,12 @@ class GramForm(ABC):
         """Number of words of the coefficients."""
 
     @abstractmethod
-    def owner_flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs on the owner, from sums to coefficients."""
+    def owner_cost(self, shape: tuple[int, int]) -> Cost:
+        """Cost on the owner, from sums to coefficients."""
 
     @abstractmethod
-    def shared_flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of the products for sums and of applying coefficients, over all ranks."""
+    def shared_cost(self, shape: tuple[int, int]) -> Cost:
+        """Cost of the products for sums and of applying coefficients, over all ranks."""
 
     @abstractmethod
     def partial(self, update: Tensor, weight: Tensor | None, shape: tuple[int, int]) -> Tensor:
@@ -86,6 +87,10 @@ def gram_form(
     return GramStiefel(norm, manifold, ladder) if _by_lgm(ladder) else None
 
 
+def _words(precision: Precision | None) -> str:
+    return (precision or Precision.FP32).value
+
+
 def _by_lgm(ladder: Ladder) -> bool:
     return ladder.method == "lgm" and ladder.form != "rect"
 
@@ -114,13 +119,17 @@ class GramPolar(GramForm):
         """Number of words of the coefficients: the inverse root, symmetric."""
         return _packed(short)
 
-    def owner_flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs on the owner: about four products of n x n a polar step."""
-        return (4 * self.norm.polar.plan()[0] - 3) * 2 * min(shape) ** 3
+    def owner_cost(self, shape: tuple[int, int]) -> Cost:
+        """Cost on the owner: about four products of n x n a polar step."""
+        steps, short = self.norm.polar.plan()[0], min(shape)
+        flops = (4 * steps - 3) * 2 * short**3
+        return products(flops, _words(self._precision), 20 * steps * short**2, 20 * steps)
 
-    def shared_flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of two long products: one for the sums, one to apply coefficients."""
-        return 4 * min(shape) ** 2 * max(shape)
+    def shared_cost(self, shape: tuple[int, int]) -> Cost:
+        """Cost of two long products: one for the sums, one to apply coefficients."""
+        entries = shape[0] * shape[1]
+        flops = 4 * min(shape) * entries
+        return products(flops, _words(self._precision), 16 * entries, 28)
 
     def partial(self, update: Tensor, weight: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """Sums of this rank's rows: Gram and scale."""
@@ -168,15 +177,18 @@ class GramStiefel(GramForm):
         """Number of words of the coefficients: M1 and M2."""
         return 2 * short**2
 
-    def owner_flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs on the owner: LGM's products of n x n, tangency, the new Gram, two cubic steps."""
-        short, ratio = min(shape), max(shape) / min(shape)
-        inside = lgm.gram_products(ratio, self.ladder.refine) - 7 * ratio
-        return round(2 * short**3 * (inside + 10))
+    def owner_cost(self, shape: tuple[int, int]) -> Cost:
+        """Cost on the owner: LGM's products of n x n, tangency, the new Gram, two cubic steps."""
+        short, ratio, refine = min(shape), max(shape) / min(shape), self.ladder.refine
+        flops = 2 * short**3 * (lgm.gram_products(ratio, refine) - 7 * ratio + 10)
+        words = (510 + 268 * refine) * short**2
+        return products(flops, _words(self.ladder.precision), words, 468 + 187 * refine)
 
-    def shared_flops(self, shape: tuple[int, int]) -> int:
-        """FLOPs of five long products: three for the sums, two to apply coefficients."""
-        return 10 * min(shape) ** 2 * max(shape)
+    def shared_cost(self, shape: tuple[int, int]) -> Cost:
+        """Cost of five long products: three for the sums, two to apply coefficients."""
+        entries = shape[0] * shape[1]
+        flops = 10 * min(shape) * entries
+        return products(flops, _words(self.ladder.precision), 23 * entries, 30)
 
     def partial(self, update: Tensor, weight: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """Sums of this rank's rows: U^T U, G^T G, U^T G and the scale of G."""

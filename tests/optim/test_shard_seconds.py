@@ -8,8 +8,10 @@ from geon.engine.build import make_model, make_routing, make_sharding
 from geon.engine.planning import plan_ahead
 from geon.launch.compose import compose
 from geon.optim import ParamInfo, Polar, Role, Rule, Spectral, matrices_of
-from geon.optim.shard import MACHINES, Bytes, Grid, Machine, Sharding, make_plan
+from geon.optim.shard import MACHINES, Bytes, Grid, Machine, Sharding, constant, make_plan
 from tests.optim.test_shard_plan import matrices
+
+RATES = constant(1e12), constant(1e14), constant(3e13)
 
 
 def test_time_takes_the_slower_arithmetic_into_account():
@@ -22,8 +24,8 @@ def test_time_takes_the_slower_arithmetic_into_account():
         found = matrices_of(info, "g", rule, layout, False, 4, device)
         return make_plan(found, Sharding(machine=machine)).jobs[0].transport
 
-    slow = Machine(1e12, 1e14, bandwidth=1e7, latency=1e-5)
-    fast = Machine(1e12, 1e14, bandwidth=1e13, latency=1e-5)
+    slow = Machine(*RATES, bandwidth=1e7, latency=1e-5)
+    fast = Machine(*RATES, bandwidth=1e13, latency=1e-5)
     assert str(choose(slow, "cuda")) == "gram"
     assert str(choose(fast, "cuda")) != "gram"
 
@@ -31,7 +33,7 @@ def test_time_takes_the_slower_arithmetic_into_account():
 def test_predicted_seconds_hide_what_travels_behind_the_computation():
     rule, layout = Rule(Spectral()), Grid.rows((256, 256), 4)
     many = [m for i in range(64) for m in matrices(rule, layout, name=f"w{i}")]
-    machine = Machine(1e11, 1e11, bandwidth=1e9, latency=1e-6)
+    machine = Machine(*[constant(1e11)] * 3, bandwidth=1e9, latency=1e-6)
     one = make_plan(many, Sharding("owner", max_buffer_mb=1000, machine=machine))
     several = make_plan(many, Sharding("owner", max_buffer_mb=4, machine=machine))
     assert len(several.buckets) > 3
@@ -40,9 +42,7 @@ def test_predicted_seconds_hide_what_travels_behind_the_computation():
     assert work < several.seconds < work + 2 * max(one.bytes_sent) / 1e9
 
 
-TWO_LEVELS = Machine(
-    flops=1e9, half_flops=1e9, bandwidth=1e6, latency=1e-3, node=2, far_bandwidth=1e5
-)
+TWO_LEVELS = Machine(*[constant(1e9)] * 3, bandwidth=1e6, latency=1e-3, node=2, far_bandwidth=1e5)
 
 
 def test_what_crosses_nodes_is_priced_by_the_far_network():
@@ -76,7 +76,7 @@ def test_a_slow_far_network_changes_what_is_chosen():
     rule, layout = Rule(Spectral(polar=Polar("keller", 5))), Grid.rows((4096, 1024), 4)
     info = ParamInfo("w", (4096, 1024), Role.HIDDEN)
     found = matrices_of(info, "g", rule, layout, False, 4, "cuda")
-    near = Machine(1e12, 1e14, bandwidth=1e13, latency=1e-5)
+    near = Machine(*RATES, bandwidth=1e13, latency=1e-5)
     plans = [
         make_plan(found, Sharding(machine=one))
         for one in (near, replace(near, node=2, far_bandwidth=1e7), replace(near, node=4))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.shard.layout import Piece
 from geon.optim.shard.matrix import Matrix
 
@@ -68,26 +69,31 @@ class Job:
         """Bytes that travel for the job in a step, over all ranks."""
         return sum(message.size for message in (*self.down, *self.up))
 
-    def flops(self, rank: int) -> int:
-        """FLOPs of the job in a step, on one rank."""
-        own = self.transport.owner_flops(self.matrix) if rank == self.owner else 0
-        return own + round(self.transport.shared_flops(self.matrix) * self.matrix.share(rank))
+    def cost(self, rank: int) -> Cost:
+        """Cost of the job in a step, on one rank."""
+        share = self.matrix.share(rank)
+        shared = self.shared_cost.batch(share) if share else Cost()
+        return self.owner_cost + shared if rank == self.owner else shared
 
-    @property
-    def owner_flops(self) -> int:
-        """FLOPs that fall to the owner alone: what a plan has to balance."""
-        return self.transport.owner_flops(self.matrix)
+    @cached_property
+    def owner_cost(self) -> Cost:
+        """Cost that falls to the owner alone: what a plan has to balance."""
+        return self.transport.owner_cost(self.matrix)
+
+    @cached_property
+    def shared_cost(self) -> Cost:
+        """Cost of each copy of the matrix, over the ranks that store it."""
+        return self.transport.shared_cost(self.matrix)
 
     @property
     def total_flops(self) -> int:
         """FLOPs of the job in a step, on all ranks together."""
-        shared = self.transport.shared_flops(self.matrix) * self.matrix.copies
-        return self.owner_flops + round(shared)
+        return self.owner_cost.flops + round(self.shared_cost.flops * self.matrix.copies)
 
     @property
-    def half(self) -> bool:
-        """Whether the job's FLOPs are in bf16."""
-        return self.matrix.half and not self.transport.full_precision
+    def side(self) -> int:
+        """Short side of its matrices, which the speed of their products depends on."""
+        return min(self.matrix.forms[0].shape)
 
     def work_bytes(self, rank: int) -> int:
         """Scratch bytes of the job on a rank besides what travels, in fp32."""
@@ -146,12 +152,10 @@ class Transport(ABC):
     Attributes:
         name: in configs, plans and tables.
         owned: whether the owner does something that others do not.
-        full_precision: whether it computes in fp32 or bf16x3 whatever the rule's products are in.
     """
 
     name: ClassVar[str]
     owned: ClassVar[bool] = True
-    full_precision: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name
@@ -170,13 +174,13 @@ class Transport(ABC):
         """Messages that are sent for a matrix after its computation."""
         return ()
 
-    def owner_flops(self, matrix: Matrix) -> int:
-        """FLOPs of a matrix that fall to its owner alone."""
-        return 0
+    def owner_cost(self, matrix: Matrix) -> Cost:
+        """Cost of a matrix that falls to its owner alone."""
+        return Cost()
 
-    def shared_flops(self, matrix: Matrix) -> int:
-        """FLOPs for each copy of the matrix, on each rank in proportion to what it stores."""
-        return 0
+    def shared_cost(self, matrix: Matrix) -> Cost:
+        """Cost of each copy of the matrix, on each rank in proportion to what it stores."""
+        return Cost()
 
     def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
         """Scratch bytes of a matrix on a rank besides what travels."""

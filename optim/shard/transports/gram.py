@@ -3,6 +3,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.shard.matrix import FP32, Matrix
 from geon.optim.shard.transports.base import (
     Job,
@@ -26,7 +27,6 @@ class Gram(Transport):
     """
 
     name = "gram"
-    full_precision = True
 
     def offer(self, matrix: Matrix, reproducible: bool) -> Offer:
         """Offer to take a matrix whose rule has sums, and whose long side the ranks cut."""
@@ -47,13 +47,13 @@ class Gram(Transport):
         words = ((matrix.sums.up, FP32),)
         return (Message(owner, rank, words) for rank in sorted(matrix.holding.of) if rank != owner)
 
-    def owner_flops(self, matrix: Matrix) -> int:
-        """FLOPs on the owner, from sums to coefficients."""
-        return matrix.sums.owner_flops if matrix.sums else 0
+    def owner_cost(self, matrix: Matrix) -> Cost:
+        """Cost on the owner, from sums to coefficients."""
+        return matrix.sums.owner_cost if matrix.sums else Cost()
 
-    def shared_flops(self, matrix: Matrix) -> int:
-        """FLOPs of the products that give the sums and that apply the coefficients."""
-        return matrix.sums.shared_flops if matrix.sums else 0
+    def shared_cost(self, matrix: Matrix) -> Cost:
+        """Cost of the products that give the sums and that apply the coefficients."""
+        return matrix.sums.shared_cost if matrix.sums else Cost()
 
     def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
         """Scratch bytes: the own part of the result, and on the owner sums and coefficients."""

@@ -3,6 +3,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
+from geon.optim.costs import Cost
 from geon.optim.norms import Reach
 from geon.optim.shard.layout import Piece
 from geon.optim.shard.matrix import Matrix
@@ -22,9 +23,9 @@ class Local(Transport):
         once = all(len(ranks) == 1 for ranks in matrix.holding.copies)
         return Offer.ALWAYS if once or matrix.reach is not Reach.MATRIX else Offer.MAYBE
 
-    def shared_flops(self, matrix: Matrix) -> int:
-        """FLOPs of the whole step."""
-        return matrix.flops
+    def shared_cost(self, matrix: Matrix) -> Cost:
+        """Cost of the whole step."""
+        return matrix.cost
 
     def compute(self, jobs: Sequence[Job], work: Work, inbox: Letters) -> Letters:
         """Step this rank's pieces, those of equal shapes together."""

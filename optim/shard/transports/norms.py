@@ -3,6 +3,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.shard.layout import Interval
 from geon.optim.shard.matrix import FP32, Matrix
 from geon.optim.shard.transports.base import (
@@ -42,9 +43,9 @@ class Norms(Transport):
             if rank != owner and (count := _count(matrix, rank)):
                 yield Message(owner, rank, ((count * matrix.sums.up, FP32),))
 
-    def shared_flops(self, matrix: Matrix) -> int:
-        """FLOPs of squares and of scaling, both element-wise."""
-        return matrix.sums.shared_flops if matrix.sums else 0
+    def shared_cost(self, matrix: Matrix) -> Cost:
+        """Cost of squares and of scaling, both element-wise."""
+        return matrix.sums.shared_cost if matrix.sums else Cost()
 
     def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
         """Scratch bytes: the own part of the direction, and on the owner sums and lengths."""

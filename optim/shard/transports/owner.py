@@ -3,6 +3,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from geon.optim.costs import Cost
 from geon.optim.shard.matrix import FP32, Matrix
 from geon.optim.shard.transports.base import (
     Job,
@@ -41,9 +42,9 @@ class Owner(Transport):
             if rank != owner and (count or states):
                 yield Message(owner, rank, (*states, (count, matrix.bytes_out)))
 
-    def owner_flops(self, matrix: Matrix) -> int:
-        """FLOPs of the whole step, on the owner."""
-        return matrix.flops
+    def owner_cost(self, matrix: Matrix) -> Cost:
+        """Cost of the whole step, on the owner."""
+        return matrix.cost
 
     def work_bytes(self, matrix: Matrix, owner: int, rank: int) -> int:
         """Scratch bytes: whole operands and the result, on the owner."""
