@@ -163,7 +163,7 @@ def planned(plan: Plan) -> dict[str, Any]:
         "buckets": len(plan.buckets),
         "collectives_per_bucket": max((b.collectives for b in plan.buckets), default=0),
         "peak_buffer_bytes": plan.peak_buffer,
-        "flop_balance": totals["owner_flop_balance"],
+        "balance": totals["owner_balance"],
         "predicted_seconds": plan.seconds,
         "transports": sorted({str(job.transport) for job in plan.jobs}),
     }

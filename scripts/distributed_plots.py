@@ -52,7 +52,7 @@ def plan_rows() -> list[dict[str, Any]]:
                             "buckets": totals["buckets"],
                             "collectives": totals["collectives_per_step"],
                             "gflop_busiest": max(plan.flops) / 1e9,
-                            "owner_flop_balance": totals["owner_flop_balance"],
+                            "owner_balance": totals["owner_balance"],
                             "peak_buffer_mib": plan.peak_buffer / 2**20,
                             "predicted_ms": 1e3 * plan.seconds,
                         }
@@ -68,7 +68,7 @@ def _line(row: dict[str, Any]) -> str:
         f"| {row['model']} | {row['optim']} | {row['objective']} | {row['ranks']} | {kinds} | "
         f"{row['mib_per_rank']:.1f} | {row['mib_busiest']:.1f} | "
         f"{'-' if over is None else f'{over:.2f}'} | {row['collectives']} | "
-        f"{row['gflop_busiest']:.0f} | {row['owner_flop_balance']:.2f} | "
+        f"{row['gflop_busiest']:.0f} | {row['owner_balance']:.2f} | "
         f"{row['peak_buffer_mib']:.0f} | {row['predicted_ms']:.2f} |"
     )
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -115,8 +115,13 @@ def _timed_exchange(rank: int, device: str) -> float:
     return time.perf_counter() - begin
 
 
-def _collective_rank(rank: int, backend: str, folder: str) -> None:
-    """One of the two processes; the first writes its milliseconds."""
+def least_exchange(rank: int, device: str) -> float:
+    """Milliseconds of one sum and one exchange, at best."""
+    return 1000 * min(_timed_exchange(rank, device) for _ in range(_ROUNDS))
+
+
+def _one_of_two(rank: int, work: Callable[[int, str], Any], backend: str, folder: str) -> None:
+    """One of the two processes; the first writes what it found."""
     import torch.distributed as dist
 
     device = f"cuda:{rank}" if backend == "nccl" else "cpu"
@@ -127,9 +132,9 @@ def _collective_rank(rank: int, backend: str, folder: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
     )
-    times = [_timed_exchange(rank, device) for _ in range(_ROUNDS)]
+    found = work(rank, device)
     if rank == 0:
-        Path(folder, "milliseconds").write_text(str(1000 * min(times)))
+        Path(folder, "found").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
@@ -139,6 +144,18 @@ def collective(backend: str, seconds: float = _COLLECTIVE_SECONDS) -> dict[str, 
     Returns:
         {"ok": True, "milliseconds": of one of each, at best} or {"ok": False, "error": ...}.
     """
+    found = in_two_processes(least_exchange, backend, seconds)
+    return {"ok": True, "milliseconds": found.pop("found")} if found["ok"] else found
+
+
+def in_two_processes(
+    work: Callable[[int, str], Any], backend: str, seconds: float = _COLLECTIVE_SECONDS
+) -> dict[str, Any]:
+    """What a function (rank, device) finds on the first of two ranks.
+
+    Returns:
+        {"ok": True, "found": what it returned, through JSON} or {"ok": False, "error": ...}.
+    """
     from torch.multiprocessing.spawn import (
         ProcessExitedException,
         ProcessRaisedException,
@@ -147,7 +164,7 @@ def collective(backend: str, seconds: float = _COLLECTIVE_SECONDS) -> dict[str, 
 
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(  # type: ignore[no-untyped-call]
-            _collective_rank, (backend, folder), nprocs=2, join=False, start_method="spawn"
+            _one_of_two, (work, backend, folder), nprocs=2, join=False, start_method="spawn"
         )
         deadline = time.monotonic() + seconds
         try:
@@ -159,7 +176,7 @@ def collective(backend: str, seconds: float = _COLLECTIVE_SECONDS) -> dict[str, 
         finally:
             for process in ranks.processes:
                 process.kill()
-        return {"ok": True, "milliseconds": float(Path(folder, "milliseconds").read_text())}
+        return {"ok": True, "found": json.loads(Path(folder, "found").read_text())}
 
 
 def free_disk(folder: Path) -> float:
@@ -263,7 +280,19 @@ def main(arguments: Sequence[str]) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m geon.scripts.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--measure",
+        metavar="FILE.json",
+        help="measure speeds instead, for shard.machine=FILE.json; under torchrun, of all ranks",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of --measure")
     told = parser.parse_args(arguments)
+    if told.measure is not None:
+        from geon.scripts import measure
+
+        return measure.main(told.measure, told.device or "auto")
+    if told.device is not None:
+        parser.error("--device goes with --measure")
     facts = examine()
     print(json.dumps(facts, indent=2) if told.json else render(facts))
     healthy = facts["torch_error"] is None and all(r["ok"] for r in facts["collectives"].values())

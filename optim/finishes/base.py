@@ -76,7 +76,7 @@ class Finish:
 
     def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
         """Cost for one matrix, rough: a pass for norms, one to apply them, and small kernels."""
-        return Cost(words=6 * shape[0] * shape[1], operators=10)
+        return Cost(words=6 * shape[0] * shape[1], operators=8)
 
     def describe(self) -> str:
         """Describe the finish in a few words, for tables."""

@@ -147,7 +147,7 @@ def speed(rates: Rates, side: int) -> float:
         return rates[max(0, at - 1)][1]
     (low, slow), (high, fast) = rates[at - 1 : at + 1]
     share = math.log(side / low) / math.log(high / low)
-    return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
+    return slow * (fast / slow) ** share
 
 
 def read_machine(content: Any) -> Machine:
@@ -163,34 +163,35 @@ def read_machine(content: Any) -> Machine:
     return Machine.from_dict(content["machine"])
 
 
-# One H100 80GB HBM3, torch 2.11. Products, from a Manifold Muon step of 12 layers of width 768
-# (docs/results/operators_gpu.json): 1.54 TFLOP of IEEE fp32 took 34 ms, 3.1 of bf16 6 ms; of 4
-# layers of width 2,048, 650 in bf16 and 50 in fp32 explain all of it. At 128 a bf16 product is
-# bound by memory (3 s^2 numbers for 2 s^3 FLOPs); bf16x3 is a third of bf16. Memory: 2.8 of the
-# data sheet's 3.35 TB/s. Operators: 4.7, 19.6 and 19.7 ms of the host for 123, 658 and 448.
-# What is sent was never measured: NVLink, from data sheets, halved.
+# One H100 80GB HBM3, torch 2.11, one step of 12 layers of width 768 and of 4 of width 2,048
+# (docs/results/operators_gpu.json, docs/distributed.md). Products: of Manifold Muon at 768, 1.54
+# TFLOP of IEEE fp32 took 34 ms and 3.1 TFLOP of bf16 6 ms; at 2,048, 50 and 650 TFLOP/s. At 128 a
+# bf16 product is bound by memory (3 s^2 numbers for 2 s^3 FLOPs); bf16x3 is a third of bf16. What
+# is left of these steps moves 1.5 to 2.1 TB/s, where the data sheet says 3.35. Operators: 4.7, 19.6
+# and 19.7 ms of the host for 123, 658 and 448. What is sent was never measured: NVLink, halved.
 _GPU = Machine(
     fp32=((768, 4.5e13), (2048, 5e13)),
     bf16=((128, 1.2e14), (768, 5e14), (2048, 6.5e14)),
     bf16x3=((128, 4e13), (768, 1.7e14), (2048, 2.1e14)),
     bandwidth=1e11,
     latency=5e-5,
-    memory=2.8e12,
+    memory=2e12,
     operator=4e-5,
 )
 
-# cpu: one core of a server CPU over gloo. Nodes of eight GPUs are joined by one 400 Gb/s
-# InfiniBand port a GPU, or by 100 Gb/s Ethernet a node, from data sheets, halved.
-# `doctor --measure FILE.json` measures yours, and shard.tflops and its neighbours set some.
+# cpu: half a core of a server CPU over gloo, as on scripts/bench_sharding.py's four ranks on two
+# cores. Nodes of eight GPUs are joined by one 400 Gb/s InfiniBand port a GPU, or by 100 Gb/s
+# Ethernet a node, from data sheets, halved. `doctor --measure FILE.json` measures yours, and
+# shard.tflops and its neighbours set some.
 MACHINES = {
     "cpu": Machine(
-        fp32=constant(5e10),
-        bf16=constant(1.5e11),
-        bf16x3=constant(1.6e10),
+        fp32=((32, 3.5e10), (128, 5e10)),
+        bf16=((32, 6e10), (128, 1e11)),
+        bf16x3=((32, 6e9), (256, 1.4e10)),
         bandwidth=4e8,
         latency=1e-3,
-        memory=1e10,
-        operator=1e-5,
+        memory=4e9,
+        operator=5e-6,
         device="cpu",
     ),
     "cuda": _GPU,

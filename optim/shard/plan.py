@@ -176,10 +176,18 @@ class Plan:
 
     @cached_property
     def owner_flops(self) -> list[int]:
-        """FLOPs of each rank as an owner: what the plan has to balance."""
+        """FLOPs of each rank as an owner."""
         loads = [0] * self.ranks
         for job in self.jobs:
             loads[job.owner] += job.owner_cost.flops
+        return loads
+
+    @cached_property
+    def owner_seconds(self) -> list[float]:
+        """Seconds of each rank's device as an owner: what the plan has to balance."""
+        loads = [0.0] * self.ranks
+        for job in self.jobs:
+            loads[job.owner] += self.sharding.machine.compute(job.owner_cost, job.side)
         return loads
 
     @property
@@ -203,7 +211,7 @@ class Plan:
 
     def totals(self) -> dict[str, Any]:
         """Figures of the whole step, by name."""
-        owners = self.owner_flops
+        owners = self.owner_seconds
         mean = sum(owners) / self.ranks
         return {
             "ranks": self.ranks,
@@ -213,7 +221,7 @@ class Plan:
             "collectives_per_step": sum(b.collectives for b in self.buckets),
             "bytes_sent_per_rank": self.bytes_sent,
             "flops_per_rank": self.flops,
-            "owner_flop_balance": max(owners) / mean if mean else 1.0,
+            "owner_balance": max(owners) / mean if mean else 1.0,
             "peak_buffer_bytes": self.peak_buffer,
             "predicted_seconds": self.seconds,
         }
@@ -281,7 +289,7 @@ class Plan:
             f"ranks, {max(self.bytes_sent) / 2**20:.2f} MiB sent by the busiest rank "
             f"({sum(self.bytes_sent) / self.ranks / 2**20:.2f} on average), "
             f"{max(self.flops) / 1e9:.3f} GFLOP on the busiest, owners balanced to "
-            f"{t['owner_flop_balance']:.2f}, buffers of {t['peak_buffer_bytes'] / 2**20:.2f} MiB "
+            f"{t['owner_balance']:.2f}, buffers of {t['peak_buffer_bytes'] / 2**20:.2f} MiB "
             f"at most, {1e3 * t['predicted_seconds']:.2f} ms predicted"
         )
 

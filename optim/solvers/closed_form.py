@@ -38,12 +38,14 @@ class Beside(NamedTuple):
 
     Attributes:
         words: read and written, an entry.
+        square_words: read and written, an entry of short x short.
         operators: kernels.
         long, short: fp32 products of long x short by short x short, and of short x short.
         square_factors: polar factors of short x short.
     """
 
     words: int = 0
+    square_words: int = 0
     operators: int = 0
     long: int = 0
     short: int = 0
@@ -52,7 +54,7 @@ class Beside(NamedTuple):
 
 NOTHING = Beside()
 ONE_CONSTRAINT = Beside(words=130, operators=260)
-DGRAM = Beside(words=66, operators=80, long=19, short=11, square_factors=DGRAM_ROUNDS)
+DGRAM = Beside(32, 36, 80, long=17, short=11, square_factors=DGRAM_ROUNDS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class ClosedForm(Solver):
         short, entries = min(shape), shape[0] * shape[1]
         own = Cost(
             fp32=2 * self.beside.long * short * entries + 2 * self.beside.short * short**3,
-            words=self.beside.words * entries,
+            words=self.beside.words * entries + self.beside.square_words * short**2,
             operators=self.beside.operators,
         )
         inner = self.norm.cost((short, short), device).times(self.beside.square_factors)

@@ -354,7 +354,7 @@ def test_owners_of_a_gpt_are_balanced(rule, ranks):
     for i, shape in enumerate(gpt_shapes(12, 64)):
         many += matrices(rule, Grid.rows(shape, ranks), name=f"w{i}")
     plan = make_plan(many, Sharding("owner"))
-    assert plan.totals()["owner_flop_balance"] <= (1.10 if ranks <= 8 else 1.34)
+    assert plan.totals()["owner_balance"] <= (1.10 if ranks <= 8 else 1.34)
 
 
 def test_buckets_are_bounded_and_keep_everything():
