@@ -97,6 +97,8 @@ class ParallelConfig:
     activation_checkpointing: bool = False
     loss_chunks: int = 0
     """Pieces that a micro-batch's logits are made in: more need less memory; 0 takes 1."""
+    share_gpu: bool = False
+    """Let several ranks of a node share a GPU: to test, not to go faster. Needs NCCL 2.30."""
     timeout_seconds: float = 600.0
     """A collective that takes longer ends the run with an error."""
 
@@ -176,12 +178,13 @@ class ShardConfig:
     """Scratch of one bucket on a rank; a bucket may always hold one matrix a rank."""
     wire: Wire = Wire.auto
     machine: str = "auto"
-    """Whose speeds the plan reckons with (MACHINES in optim/shard/cost.py): cpu, cuda,
-    cuda_infiniband, cuda_ethernet; auto is the device of the run."""
+    """Whose speeds the plan reckons with (MACHINES in optim/shard/machine.py): cpu, cuda,
+    cuda_infiniband, cuda_ethernet; auto is the device of the run. FILE.json: what
+    `python -m geon.scripts.doctor --measure FILE.json` measured."""
     tflops: float = 0.0
-    """fp32 products, of one rank; 0 here and below takes a rough figure for the machine."""
+    """fp32 products of any size, of one rank; 0 here and below takes the machine's figure."""
     half_tflops: float = 0.0
-    """bf16 products."""
+    """bf16 products of any size."""
     gbytes: float = 0.0
     """GB/s that a rank sends."""
     latency_us: float = 0.0

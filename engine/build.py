@@ -21,7 +21,8 @@ from geon.configs.schema import (
     Source,
 )
 from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
-from geon.engine.parallel import Parallel, arithmetic, mesh_shape
+from geon.engine.devices import arithmetic
+from geon.engine.parallel import Parallel, mesh_shape
 from geon.engine.sharding import make_sharding
 from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape

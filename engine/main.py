@@ -21,10 +21,11 @@ from geon.engine.callbacks import (
     write_json,
 )
 from geon.engine.curvature import Curvature
+from geon.engine.devices import pick_device
 from geon.engine.evaluate import val_windows
 from geon.engine.geometry import Geometry, RecordPairs
 from geon.engine.loggers import check_loggers, open_loggers
-from geon.engine.parallel import Parallel, check_layout, pick_device, start
+from geon.engine.parallel import Parallel, check_layout, start
 from geon.engine.report import Report
 from geon.engine.trainer import Callback, Trainer
 from geon.errors import UsageError
@@ -72,7 +73,8 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
     batches = build.make_batches(config, corpus, env.rank, env.world)
     val_windows(corpus, config.model.context, config.data.val_tokens)
     model = build.make_model(config.model)
-    half = build.native_half(config, pick_device(config.device, env.local_rank).type)
+    place = pick_device(config.device, env.local_rank, config.parallel.share_gpu)
+    half = build.native_half(config, place.type)
     routing = build.make_routing(model, config.optim, half)
     build.check_cuts(routing, config.parallel)
     check_deepspeed(config, routing)

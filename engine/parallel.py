@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from geon.configs.schema import Layouts, ModelConfig, ParallelConfig, Precision
-from geon.engine.metrics import bf16_instructions
+from geon.configs.schema import Layouts, ModelConfig, ParallelConfig
+from geon.engine.devices import arithmetic, pick_device, share_gpus
 from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.models import LanguageModel
@@ -147,34 +147,6 @@ def _tensor_axis(info: ParamInfo, styles: Mapping[str, Any]) -> int | None:
         return 0 if by_rows else None
     # Of an embedding, "rowwise" means tokens, which torch stores as rows.
     return 0 if by_rows or info.role is Role.EMBEDDING else 1
-
-
-def pick_device(name: str, local_rank: int) -> torch.device:
-    """Device of this rank.
-
-    Raises:
-        UsageError: a device that this machine does not have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"device '{name}' is not one of auto, cpu, cuda")
-    if name == "cpu":
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"device=cuda: local rank {local_rank} needs GPU {local_rank}, this machine has "
-            f"{torch.cuda.device_count()}; use fewer ranks per node or device=cpu"
-        )
-    return torch.device("cuda", local_rank)
-
-
-def arithmetic(precision: Precision, device: str) -> torch.dtype:
-    """Data type of the model's arithmetic on a kind of device."""
-    half = precision is Precision.bf16 or (device == "cuda" and precision is not Precision.fp32)
-    if precision is Precision.native and device == "cpu":
-        half = bf16_instructions()
-    return torch.bfloat16 if half else torch.float32
 
 
 @dataclass
@@ -381,7 +353,9 @@ def start(config: ParallelConfig, device: str, env: Env) -> Parallel:
         UsageError: before any process group exists.
     """
     sizes = mesh_shape(config, env.world)
-    place = pick_device(device, env.local_rank)
+    place = pick_device(device, env.local_rank, config.share_gpu)
+    if config.share_gpu:
+        share_gpus(config, place, env)
     if not env.launched:
         return Parallel(config, env, place)
     if place.type == "cuda":

@@ -15,6 +15,7 @@ class Env:
         local_rank: position on this machine; picks the GPU.
         launched: whether torchrun (or an equal) set the rendezvous variables.
         restart: how often torchrun has restarted the job.
+        local_world: ranks on this machine; 1 where the launcher does not say.
     """
 
     rank: int = 0
@@ -22,6 +23,7 @@ class Env:
     local_rank: int = 0
     launched: bool = False
     restart: int = 0
+    local_world: int = 1
 
     @property
     def main(self) -> bool:
@@ -50,6 +52,7 @@ def read_env() -> Env:
         local_rank=int(os.environ["LOCAL_RANK"]),
         launched=True,
         restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 

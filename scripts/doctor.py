@@ -1,5 +1,7 @@
 """What this machine has and lacks: `python -m geon.scripts.doctor`, `--json` for programs.
 
+`--measure FILE.json` measures its speeds instead (scripts/measure.py).
+
 Takes about ten seconds, longer when a collective hangs. The exit status is 1 when torch or the
 collective check fails, else 0.
 """

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from geon.engine.devices import pick_device
 from geon.engine.metrics import hardware
-from geon.engine.parallel import pick_device
 from geon.errors import UsageError
 from geon.launch.env import read_env
 from geon.optim import Group, HybridOptimizer, ParamInfo, Polar, Role, Rule, Spectral, Stiefel

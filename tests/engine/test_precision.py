@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from geon.configs.choices import Precision
-from geon.engine import metrics, parallel
+from geon.engine import devices, metrics
 from geon.engine.build import make_model, make_routing, native_half
-from geon.engine.parallel import arithmetic
+from geon.engine.devices import arithmetic
 from geon.launch.compose import compose
 from geon.optim.linalg import Precision as Products
 from tests.launch.jobs import SMALLEST
@@ -14,7 +14,7 @@ from tests.launch.jobs import SMALLEST
 
 @pytest.mark.parametrize("instructions", [True, False])
 def test_words_and_devices(monkeypatch, instructions):
-    monkeypatch.setattr(parallel, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(devices, "bf16_instructions", lambda: instructions)
     found = {
         (word.value, device): arithmetic(word, device) is torch.bfloat16
         for word in Precision
@@ -55,7 +55,7 @@ def test_instructions_are_those_that_torch_reports(monkeypatch, flags, found):
     ],
 )
 def test_polar_factors_follow_native_unless_told(monkeypatch, words, products):
-    monkeypatch.setattr(parallel, "bf16_instructions", lambda: True)
+    monkeypatch.setattr(devices, "bf16_instructions", lambda: True)
     config = compose([*SMALLEST, "optim=muon", *words])
     routing = make_routing(make_model(config.model), config.optim, native_half(config, "cpu"))
     assert routing.rules["hidden"].norm.polar.precision is products

@@ -5,8 +5,11 @@ import sys
 
 import pytest
 
-from geon.launch.local import ROOT
-from geon.scripts import doctor
+from geon.engine.sharding import make_sharding
+from geon.launch.compose import compose
+from geon.launch.local import ROOT, torchrun_command
+from geon.scripts import doctor, measure
+from tests.distributed.jobs import launch
 
 
 def run_doctor(*arguments, **environment):
@@ -92,3 +95,46 @@ def test_a_collective_that_fails_gives_the_reason():
     result = doctor.collective("no_such_backend")
     assert not result["ok"]
     assert "no_such_backend" in result["error"].lower()
+
+
+@pytest.mark.dist
+def test_what_is_measured_is_planned_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "SIDES", {"cpu": (16, 32)})
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    path = tmp_path / "mine.json"
+    assert doctor.main(["--measure", str(path), "--device", "cpu"]) == 0
+    content = json.loads(path.read_text())
+    assert (content["format"], content["ranks"], content["assumed"]) == (1, 2, [])
+    assert content["versions"]["torch"].startswith("2.")
+    machine = make_sharding(compose([f"shard.machine={path}", "parallel=fsdp"])).machine
+    assert [side for side, _ in machine.fp32] == [16, 32]
+    assert machine.device == "cpu"
+    # Within what any computer of these years does: a wrong unit would be off by a thousand.
+    assert 1e7 < machine.bf16x3[0][1] <= machine.bf16x3[1][1] < 1e13
+    assert 1e8 < machine.memory < 1e12
+    assert 1e-7 < machine.operator < 1e-3
+    assert 1e-6 < machine.latency < 0.1
+    assert 1e6 < machine.bandwidth < 1e12
+    assert "GFLOP/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_all_ranks_of_a_launcher_are_measured_together(tmp_path):
+    path = tmp_path / "mine.json"
+    options = ["--measure", str(path), "--device", "cpu"]
+    done = launch(torchrun_command(3, options, ROOT / "scripts" / "doctor.py"), timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(path.read_text())["ranks"] == 3
+    assert done.stdout.count("GFLOP/s") == 3  # one rank prints
+
+
+def test_a_file_that_could_not_be_read_or_written_is_refused(tmp_path, capsys):
+    for path, words in (
+        (tmp_path / "a.txt", "must end in .json"),
+        (tmp_path / "b" / "c.json", "no folder"),
+    ):
+        assert doctor.main(["--measure", str(path), "--device", "cpu"]) == 2
+        told = capsys.readouterr().err
+        assert words in told and told.count("\n") == 1
+    with pytest.raises(SystemExit):
+        doctor.main(["--device", "cpu"])

@@ -14,7 +14,7 @@ TORCHRUN = {
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in (*TORCHRUN, "TORCHELASTIC_RESTART_COUNT", "HYDRA_FULL_ERROR"):
+    for name in (*TORCHRUN, "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -28,7 +28,8 @@ def test_what_torchrun_sets(environment):
     for name, value in TORCHRUN.items():
         environment.setenv(name, value)
     environment.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert read_env() == Env(rank=5, world=8, local_rank=1, launched=True, restart=2)
+    environment.setenv("LOCAL_WORLD_SIZE", "4")
+    assert read_env() == Env(5, 8, local_rank=1, launched=True, restart=2, local_world=4)
     assert not read_env().main
 
 
