@@ -56,12 +56,30 @@ def share_gpus(config: ParallelConfig, place: torch.device, env: Env) -> None:
             "parallel.share_gpu=true: DeepSpeed gives local rank n the GPU n; take another layout "
             "or fewer ranks per node"
         )
+    _let_nccl_share()
+
+
+def rank_device(name: str, env: Env) -> torch.device:
+    """Device of this rank of a bench or a test, made current; ranks share GPUs where they must.
+
+    Raises:
+        UsageError: a device that this machine does not have, or an NCCL too old to share one.
+    """
+    place = pick_device(name, env.local_rank, share=True)
+    if place.type == "cuda":
+        if env.local_world > torch.cuda.device_count():
+            _let_nccl_share()
+        torch.cuda.set_device(place)
+    return place
+
+
+def _let_nccl_share() -> None:
     found = nccl_version()
     if found < SHARING_NCCL:
         told = ".".join(map(str, found)) or "not to be found"
         raise UsageError(
-            f"parallel.share_gpu=true needs NCCL 2.30 or newer, and the one loaded is {told}: "
-            "docs/distributed.md says how to load another, or use fewer ranks per node"
+            "several ranks on a GPU (parallel.share_gpu) need NCCL 2.30, and the one loaded is "
+            f"{told}: docs/distributed.md says how to load another, or use fewer ranks per node"
         )
     default("NCCL_MULTI_RANK_GPU_ENABLE", "1")
 

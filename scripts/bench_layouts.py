@@ -59,14 +59,16 @@ class Bench:
         params: by name, in the order of the model.
     """
 
-    def __init__(self, layout: str, model: GPT, rule: Rule, ranks: int) -> None:
-        self.layout, self.rule, self.ranks = layout, rule, ranks
+    def __init__(
+        self, layout: str, model: GPT, rule: Rule, ranks: int, device: torch.device
+    ) -> None:
+        self.layout, self.rule, self.ranks, self.device = layout, rule, ranks, device
         config = CONFIGS[layout]
         self.infos = {i.name: i for i in model.infos if i.role is Role.HIDDEN}
         sizes = mesh_shape(config, ranks)
-        mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         env = Env(dist.get_rank(), ranks, 0, True)
-        self.parallel = Parallel(config, env, torch.device("cpu"), mesh)
+        self.parallel = Parallel(config, env, device, mesh)
         self.parallel.place(model)
         self.params = {n: p for n, p in model.named_parameters() if n in self.infos}
         self.optimizer: Any = None
@@ -95,7 +97,9 @@ class Bench:
         world = dist.group.WORLD
         assert world is not None
         steps = {n: -(-i.numel // (2 * self.ranks)) * 2 for n, i in self.infos.items()}
-        self._flat = {n: nn.Parameter(torch.zeros(step)) for n, step in steps.items()}
+        self._flat = {
+            n: nn.Parameter(torch.zeros(step, device=self.device)) for n, step in steps.items()
+        }
         self._layouts = {
             n: Flat(i.matrix_shape, self.ranks, steps[n]) for n, i in self.infos.items()
         }
@@ -105,7 +109,7 @@ class Bench:
         """Whole weight at the start."""
         seed = sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
         shape = self.infos[name].matrix_shape
-        return Spectral().init(shape, torch.Generator().manual_seed(seed))
+        return Spectral().init(shape, torch.Generator().manual_seed(seed)).to(self.device)
 
     @torch.no_grad()
     def fill(self, targets: Mapping[str, Tensor], wholes: Mapping[str, Tensor]) -> None:

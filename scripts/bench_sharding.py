@@ -2,13 +2,14 @@
 
 torchrun --standalone --nproc_per_node=4 scripts/bench_sharding.py --json out.json
 torchrun --standalone --nproc_per_node=4 scripts/bench_sharding.py --half --layouts fsdp --dion PATH
+torchrun --standalone --nproc_per_node=4 scripts/bench_sharding.py --device cuda --half
 
 For the hidden matrices of a GPT (12 layers of width 192 unless told otherwise), for each rule,
 layout and transport: bytes sent per rank, counted where PyTorch hands them to the process group,
 beside the plan's and the least possible; collectives; seconds of a step (median of the slowest
 rank); scratch; balance; and how far 10 steps with two micro-batches are from one process.
 `torch.optim.Muon` runs on the same DTensors. --dion takes a checkout of microsoft/dion, whose
-compiled all-to-all Muon then runs beside ours.
+compiled all-to-all Muon then runs beside ours. Ranks beyond the GPUs share them.
 """
 
 import argparse
@@ -27,8 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from geon.engine.devices import rank_device
 from geon.engine.metrics import hardware
 from geon.errors import UsageError
+from geon.launch.env import read_env
 from geon.launch.leave import guard, leave
 from geon.optim import (
     Group,
@@ -41,7 +44,7 @@ from geon.optim import (
     Spectral,
     Stiefel,
 )
-from geon.optim.shard import Job, Plan
+from geon.optim.shard import MACHINES, Job, Plan
 from geon.optim.shard.sharding import CHOICES, OBJECTIVES
 from geon.scripts.bench_layouts import CONFIGS, LR, Bench, counted, draw, make_model
 from geon.scripts.bench_solver import check_output
@@ -51,10 +54,11 @@ STEPS, ACCUMULATION = 10, 2
 
 def rules(half: bool) -> dict[str, Rule]:
     """Muon with K. Jordan's five steps, in bf16 with --half; Manifold Muon by LGM in fp32."""
-    precision = Precision.BF16 if half else None
+    precision = Precision.BF16 if half else Precision.FP32
+    exact = Spectral(polar=Polar(precision=Precision.FP32))
     return {
         "muon": Rule(Spectral("muon", Polar("keller", 5, precision)), nesterov=True),
-        "manifold_muon": Rule(Spectral(), Stiefel(), nesterov=True),
+        "manifold_muon": Rule(exact, Stiefel(), nesterov=True),
     }
 
 
@@ -82,7 +86,7 @@ def reference(bench: Bench) -> Trace:
     optimizer = HybridOptimizer([Group("hidden", bench.rule, LR, pairs)])
     descents: list[float] = []
     for step in range(STEPS):
-        grads = grads_of(bench.infos, step)
+        grads = {n: g.to(bench.device) for n, g in grads_of(bench.infos, step).items()}
         before = {n: p.detach().clone() for n, p in params.items()}
         for n, p in params.items():
             p.grad = grads[n]
@@ -105,7 +109,7 @@ def errors(bench: Bench, alone: Trace) -> dict[str, float]:
         own.append(bench.descents(before))
     mine = torch.stack(own)
     dist.all_reduce(mine)
-    others = torch.tensor(descents).view(mine.shape)
+    others = torch.tensor(descents).view(mine.shape).to(mine)
     sums = mine.sum(dim=1), others.sum(dim=1)
     worst = max(float((bench.whole(n) - w).norm() / w.norm()) for n, w in weights.items())
     return {
@@ -119,32 +123,38 @@ def _inner(a: Tensor, b: Tensor) -> float:
     return float((a.double() * b.double()).sum())
 
 
-def timed(step: Callable[[], None], repeats: int, warm: int) -> dict[str, float]:
+def timed(
+    step: Callable[[], None], device: torch.device, repeats: int, warm: int
+) -> dict[str, float]:
     """Median and least seconds of a step, of the slowest rank each time."""
     found = []
     for repeat in range(warm + repeats):
         dist.barrier()
         begin = time.perf_counter()
         step()
-        spent = torch.tensor(time.perf_counter() - begin)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = torch.tensor(time.perf_counter() - begin, device=device)
         dist.all_reduce(spent, op=dist.ReduceOp.MAX)
         if repeat >= warm:
             found.append(spent.item())
     return {"seconds": median(found), "seconds_min": min(found)}
 
 
-def measure(step: Callable[[], None], repeats: int, warm: int = 2) -> dict[str, Any]:
+def measure(
+    step: Callable[[], None], device: torch.device, repeats: int, warm: int = 2
+) -> dict[str, Any]:
     """Counted bytes (mean over ranks and of the busiest), collectives, seconds."""
     step()
     with counted() as counter:
         step()
-    sent = [torch.zeros(1) for _ in range(dist.get_world_size())]
-    dist.all_gather(sent, torch.tensor([float(counter.bytes)]))
+    sent = [torch.zeros(1, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sent, torch.tensor([float(counter.bytes)], device=device))
     return {
         "bytes_per_rank": float(torch.cat(sent).mean()),
         "bytes_busiest": float(torch.cat(sent).max()),
         "collectives": counter.collectives,
-        **timed(step, repeats, warm),
+        **timed(step, device, repeats, warm),
     }
 
 
@@ -169,7 +179,7 @@ def planned(plan: Plan) -> dict[str, Any]:
     }
 
 
-def own_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def own_rows(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Rows of our transports."""
     rows = []
     wire = "bf16" if arguments.half else "fp32"
@@ -179,9 +189,13 @@ def own_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for layout in arguments.layouts:
             for transport in arguments.transports:
                 model = make_model(arguments.layers, arguments.width)
-                bench = Bench(layout, model, rule, ranks)
+                bench = Bench(layout, model, rule, ranks, device)
                 sharding = Sharding(
-                    transport, arguments.objective, max_buffer_mb=arguments.buffer_mb, wire=wire
+                    transport,
+                    arguments.objective,
+                    max_buffer_mb=arguments.buffer_mb,
+                    wire=wire,
+                    machine=MACHINES[device.type],
                 )
                 optimizer = bench.make(sharding)
                 if alone is None and not arguments.no_errors:
@@ -191,25 +205,25 @@ def own_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     row |= errors(bench, alone)
                 else:
                     bench.set_grads(grads_of(bench.infos, 0))
-                row |= measure(bench.step, arguments.repeats) | planned(optimizer.plan)
+                row |= measure(bench.step, device, arguments.repeats) | planned(optimizer.plan)
                 rows.append(_told(row))
     return rows
 
 
-def peer_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def peer_rows(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """torch.optim.Muon, and microsoft/dion where its checkout is given, on the same DTensors."""
     rows = []
     rule = rules(arguments.half)["muon"]
     for layout in [name for name in arguments.layouts if name in ("fsdp", "tp")]:
         model = make_model(arguments.layers, arguments.width)
-        bench = Bench(layout, model, rule, dist.get_world_size())
+        bench = Bench(layout, model, rule, dist.get_world_size(), device)
         bench.make(Sharding())
         bench.set_grads(grads_of(bench.infos, 0))
         params = list(bench.params.values())
         if not arguments.no_torch:
             torch_muon = torch.optim.Muon(params, lr=LR, momentum=0.95, weight_decay=0.0)
             row = {"rule": "muon", "layout": layout, "transport": "torch.optim.Muon"}
-            rows.append(_told(row | measure(torch_muon.step, 2, warm=0)))
+            rows.append(_told(row | measure(torch_muon.step, device, 2, warm=0)))
         if arguments.dion and layout == "fsdp":
             rows.append(_told(_dion_row(arguments, bench)))
     return rows
@@ -225,7 +239,7 @@ def _dion_row(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     )
     row = {"rule": "muon", "layout": bench.layout, "transport": "microsoft/dion Muon"}
     # What is compiled cannot be counted from inside; its wire is bf16, all-to-all both ways.
-    return row | timed(dion.step, arguments.repeats, warm=5)
+    return row | timed(dion.step, bench.device, arguments.repeats, warm=5)
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:
@@ -243,10 +257,10 @@ def _told(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def facts() -> dict[str, Any]:
+def facts(device: torch.device) -> dict[str, Any]:
     """What it ran on."""
     return {
-        "cpu": hardware("cpu"),
+        device.type: hardware(device.type),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads_per_rank": torch.get_num_threads(),
@@ -267,20 +281,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--buffer-mb", type=float, default=64.0)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--half", action="store_true", help="Muon in bf16, bf16 wire")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--no-errors", action="store_true", help="times and bytes alone")
     parser.add_argument("--no-torch", action="store_true", help="without torch.optim.Muon")
     parser.add_argument("--dion", help="a checkout of microsoft/dion")
     arguments = parser.parse_args(argv)
     check_output(arguments.json)
-    dist.init_process_group("gloo")
+    device = rank_device(arguments.device, read_env())
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = dist.get_world_size()
     if arguments.width % (16 * ranks):
         raise UsageError(f"--width {arguments.width} must be a multiple of 16 x {ranks} ranks")
-    peers = peer_rows(arguments)
-    rows = own_rows(arguments) + peers
+    peers = peer_rows(arguments, device)
+    rows = own_rows(arguments, device) + peers
     if dist.get_rank() == 0 and arguments.json is not None:
         content = {
-            "hardware": facts(),
+            "hardware": facts(device),
             "world_size": ranks,
             "layers": arguments.layers,
             "width": arguments.width,

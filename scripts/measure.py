@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from geon.engine.devices import pick_device
+from geon.engine.devices import rank_device
 from geon.engine.metrics import hardware
 from geon.errors import UsageError
 from geon.launch.env import read_env
@@ -203,10 +203,8 @@ def main(path: str, device: str) -> int:
         if not Path(path).absolute().parent.is_dir():
             raise UsageError(f"--measure '{path}': there is no folder '{Path(path).parent}'")
         env = read_env()
-        place = pick_device(device, env.local_rank)
+        place = rank_device(device, env)
         if env.launched:
-            if place.type == "cuda":
-                torch.cuda.set_device(place)
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         content = measure(place)
     except UsageError as error:

@@ -5,9 +5,11 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from geon.engine import checkpoint
+from geon.engine.devices import SHARING_NCCL, nccl_version
 from geon.launch import local
 from geon.models import MODELS, ModelShape
 
@@ -36,6 +38,31 @@ STIEFEL = [
     "optim.hidden.weight_decay=0",
 ]
 """Manifold Muon for every hidden matrix, beside the hybrid's embedding and head."""
+
+
+EXACT = [
+    "parallel.precision=fp32",
+    "optim.polar.dtype=fp32",
+    "optim.solver.form=gram",
+    "shard.wire=fp32",
+]
+"""Every product in fp32 on any device, so that a GPU can be held against one process."""
+
+
+def needs_gpu_ranks(ranks: int) -> pytest.MarkDecorator:
+    """Skip without that many GPUs, or one that NCCL lets them share."""
+    enough = torch.cuda.is_available() and (
+        torch.cuda.device_count() >= ranks or nccl_version() >= SHARING_NCCL
+    )
+    return pytest.mark.skipif(
+        not enough, reason=f"needs {ranks} GPUs, or one and NCCL 2.30 (docs/distributed.md)"
+    )
+
+
+def on_device(device: str, ranks: int) -> list[str]:
+    """Options of a job on a device, which ranks share where they must."""
+    share = device == "cuda" and 0 < torch.cuda.device_count() < ranks
+    return [f"device={device}", f"parallel.share_gpu={str(share).lower()}"]
 
 
 def train(output: Path, name: str, ranks: int, *arguments: str, ok: bool = True):

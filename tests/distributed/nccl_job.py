@@ -1,10 +1,12 @@
-"""Run by torchrun, one NCCL rank a process: layouts x transports x rules beside one process.
+"""Run by torchrun on cuda or cpu: layouts x transports x rules, and an exchange under load.
 
-With NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1 all ranks may share a GPU. Prints one JSON line.
+The first argument is the device; ranks beyond the GPUs share them. Prints one JSON line.
 """
 
 import json
+import sys
 import zlib
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from geon.engine.devices import rank_device
+from geon.launch.env import read_env
 from geon.launch.leave import leave
 from geon.optim import (
     AdamW,
@@ -31,6 +35,7 @@ from geon.optim import (
 from geon.optim.manifolds import SpectralBall
 from geon.optim.norms import ColNorm
 
+DEVICE = torch.device("cpu")
 FP32 = Spectral(polar=Polar(precision=Precision.FP32))
 RULES = {
     "muon": Rule(FP32, nesterov=True, decay=0.1),
@@ -47,12 +52,14 @@ INFOS = {
     "head": ParamInfo("head", (333, 64), Role.HEAD),
     "gain": ParamInfo("gain", (90,), Role.GAIN),
 }
+LOADED = ("hybrid", "manifold_muon")
 HIDDEN = ("square", "tall", "wide", "odd")
 
 
 def draw(name, step):
     seed = zlib.crc32(f"{name}/{step}".encode())
-    return torch.randn(INFOS[name].shape, generator=torch.Generator().manual_seed(seed)).cuda()
+    drawn = torch.randn(INFOS[name].shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(DEVICE)
 
 
 def start(rule):
@@ -106,7 +113,7 @@ def distance(params, alone):
     return max(((wholes[n] - w).norm() / w.norm()).item() for n, w in alone.items())
 
 
-def layouts_and_transports(meshes, steps=6):
+def layouts_and_transports(meshes, steps):
     found = []
     for rule_name, rule in RULES.items():
         alone = {name: nn.Parameter(w) for name, w in start(rule).items()}
@@ -143,32 +150,86 @@ def nan_on_one_rank(mesh):
     return ""
 
 
-def under_load(mesh, steps=200):
-    """Distance from one process after many steps whose buffers are used again beside products."""
-    params, alone = place(RULES["muon"], "fsdp", mesh), start(RULES["muon"])
-    alone = {name: nn.Parameter(w) for name, w in alone.items()}
-    sharded = make(params, RULES["muon"], Sharding("owner", max_buffer_mb=0.2))
-    whole, load = make(alone, RULES["muon"]), torch.randn(2048, 2048, device="cuda")
-    for step in range(steps):
-        load = (load @ load).clamp(-1, 1)
-        set_grads(params, step)
-        set_grads(alone, step)
-        sharded.step()
-        whole.step()
-    return distance(params, alone)
+class Load:
+    """Work beside the exchange: products on a stream of their own, and memory that is written to.
+
+    `after` is called as soon as a step has returned, while a GPU may still be at it: gradients are
+    overwritten, and blocks of the sizes that the step has freed are taken and filled with nan. An
+    exchange that let go of a buffer too early, or read a gradient too late, would show it.
+    """
+
+    def __init__(self):
+        cuda = DEVICE.type == "cuda"
+        size = 4096 if cuda else 64
+        self.stream = torch.cuda.Stream() if cuda else None
+        self.factor = torch.randn(size, size, device=DEVICE)
+        if cuda:
+            self.stream.wait_stream(torch.cuda.current_stream())
+
+    def before(self):
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            for _ in range(4):
+                self.factor = (self.factor @ self.factor).clamp(-1, 1)
+
+    def after(self, params):
+        for p in params.values():
+            own = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+            own.fill_(float("nan"))
+        sizes = (2**10, 2**14, 2**17, 2**20)
+        blocks = [torch.full((size,), float("nan"), device=DEVICE) for size in sizes]
+        del blocks
+
+
+def overwrite_grads(params, step):
+    """New gradients in the memory of the last ones."""
+    for name, p in params.items():
+        grad = draw(name, step)
+        whole = lay(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+        if p.grad is None:
+            p.grad = torch.empty_like(whole)
+        p.grad.copy_(whole)
+
+
+def under_load(mesh, rule, steps):
+    """Distance of many steps beside other work from the same ones alone, and from one process."""
+    weights, load = {}, Load()
+    for way in ("loaded", "quiet", "one"):
+        params = place(rule, "fsdp", mesh)
+        if way == "one":
+            params = {name: nn.Parameter(w) for name, w in start(rule).items()}
+        sharding = None if way == "one" else Sharding("owner", max_buffer_mb=0.2)
+        optimizer = make(params, rule, sharding, None if way == "one" else mesh)
+        for step in range(steps):
+            if way == "loaded":
+                load.before()
+            overwrite_grads(params, step)
+            optimizer.step()
+            if way == "loaded":
+                load.after(params)
+        weights[way] = params
+    whole = {
+        way: {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in params.items()}
+        for way, params in weights.items()
+    }
+    return [distance(whole["loaded"], whole[way]) for way in ("quiet", "one")]
 
 
 def main():
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl")
+    global DEVICE
+    kind, steps, load_steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    DEVICE = rank_device(kind, read_env())
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     world = dist.get_world_size()
-    flat, square = init_device_mesh("cuda", (world,)), (2, world // 2)
-    both = init_device_mesh("cuda", square, mesh_dim_names=("outer", "inner"))
-    meshes = {"ddp": flat, "fsdp": flat, "cols": flat, "fsdp_tp": both, "hsdp": both}
+    flat = init_device_mesh(kind, (world,))
+    meshes = {"ddp": flat, "fsdp": flat, "cols": flat}
+    if world % 2 == 0 and world > 2:
+        square = (2, world // 2)
+        both = init_device_mesh(kind, square, mesh_dim_names=("outer", "inner"))
+        meshes |= {"fsdp_tp": both, "hsdp": both}
     found = {
-        "rows": layouts_and_transports(meshes),
+        "rows": layouts_and_transports(meshes, steps),
         "nan": nan_on_one_rank(flat),
-        "under_load": under_load(flat),
+        "under_load": {name: under_load(flat, RULES[name], load_steps) for name in LOADED},
     }
     everyone = [None] * world
     dist.all_gather_object(everyone, found)
