@@ -1,6 +1,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint types format bench-solver bench-step bench-drift
 .PHONY: bench-sharding bench-train bench-gpu profile coord-check transfer leaderboard batch-sweep finetune clean
+.PHONY: help setup demo test test-slow test-gpu lint types format bench-solver bench-step bench-drift
+.PHONY: bench-sharding coord-check transfer leaderboard batch-sweep finetune clean
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -42,6 +44,9 @@ test: .venv/dev ## run the test suite
 
 test-slow: .venv/dev ## the long proofs: all layouts, transports and rules on 4 and 8 ranks
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/dev ## a GPU against the CPU and one process; several ranks share it where NCCL can
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/dev ## ruff, check only
 	$(BIN)/ruff check .

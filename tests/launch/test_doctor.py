@@ -4,11 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from geon.engine.sharding import make_sharding
 from geon.launch.compose import compose
 from geon.launch.local import ROOT, torchrun_command
-from geon.scripts import doctor, measure
+from geon.optim import ParamInfo, Role, matrices_of
+from geon.optim.shard import Grid, Sharding, make_plan, read_machine
+from geon.scripts import bench_step, doctor, measure
 from tests.distributed.jobs import launch
 
 
@@ -116,6 +119,30 @@ def test_what_is_measured_is_planned_with(tmp_path, monkeypatch, capsys):
     assert 1e-6 < machine.latency < 0.1
     assert 1e6 < machine.bandwidth < 1e12
     assert "GFLOP/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "width"), [(2, 128), (2, 256)])
+def test_a_measured_machine_predicts_steps_within_a_factor_of_one_and_a_half(
+    tmp_path, layers, width
+):
+    path = tmp_path / "mine.json"
+    done = run_doctor("--measure", str(path), "--device", "cpu", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    machine = read_machine(json.loads(path.read_text()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = bench_step.time_steps(layers, width, 5, "cpu")["seconds"]
+    finally:
+        torch.set_num_threads(threads)
+    for name, rule in bench_step.RULES.items():
+        matrices = []
+        for index, shape in enumerate(bench_step.shapes(layers, width)):
+            info = ParamInfo(f"w{index}", shape, Role.HIDDEN)
+            matrices += matrices_of(info, "g", rule, Grid.whole(shape, 1))
+        predicted = make_plan(matrices, Sharding(machine=machine)).seconds
+        assert 1 / 1.5 < predicted / found[name] < 1.5, name
 
 
 @pytest.mark.slow

@@ -5,14 +5,19 @@ import json
 import pytest
 
 from geon.launch.local import ROOT, torchrun_command
-from tests.distributed.jobs import launch
+from tests.distributed.jobs import launch, needs_gpu_ranks
 
 pytestmark = pytest.mark.dist
 
 
-def test_counted_bytes_are_the_planned_ones(tmp_path):
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu_ranks(2)])],
+)
+def test_counted_bytes_are_the_planned_ones(tmp_path, device):
     out = tmp_path / "out.json"
     options = ["--layers", "1", "--width", "32", "--repeats", "1", "--json", str(out), "--no-torch"]
+    options += ["--device", device]
     layouts = ["--layouts", "fsdp", "deepspeed_z1"]
     program = ROOT / "scripts" / "bench_sharding.py"
     done = launch(torchrun_command(2, [*options, *layouts], program), timeout=240)
