@@ -95,8 +95,9 @@ class SolverConfig:
     form: str = "auto"
     """lgm: gram (n x n products), rect (polar factors of long matrices, bf16 allowed), or auto:
     rect where polar factors are in bf16."""
-    products: str = "fp32"
-    """Arithmetic of the Gram form: fp32, bf16x3."""
+    products: str = "auto"
+    """Arithmetic of products beside polar factors: fp32, bf16x3, or auto: bf16x3 where polar factors
+    are in bf16 on a GPU, except in the Gram form; fp32 elsewhere."""
 
 
 @dataclass

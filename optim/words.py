@@ -110,7 +110,9 @@ def make_ladder(config: SolverConfig) -> Ladder:
     Raises:
         UsageError: an unknown word, or bf16 products.
     """
-    if config.products not in set(Precision):
-        raise UsageError(f"optim.solver.products '{config.products}' is not one of fp32, bf16x3")
-    precision = None if config.products == "fp32" else Precision(config.products)
+    if config.products not in {"auto", *Precision}:
+        raise UsageError(
+            f"optim.solver.products '{config.products}' is not one of auto, fp32, bf16x3"
+        )
+    precision = None if config.products == "auto" else Precision(config.products)
     return Ladder(config.method, config.refine, config.form, precision)

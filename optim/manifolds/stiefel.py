@@ -68,9 +68,11 @@ class Stiefel(Manifold):
         return orient_like(u * self.scale(weight.shape), weight)
 
     def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
-        """Cost of a retraction by one cubic step, which is in fp32."""
-        entries = shape[0] * shape[1]
-        return Cost(fp32=4 * min(shape) * entries, words=4 * entries, operators=4)
+        """Cost of a retraction by one cubic step: in fp32, or half in bf16x3 and half in bf16."""
+        entries, half = shape[0] * shape[1], 2 * min(shape) * shape[0] * shape[1]
+        if accurate_on(torch.device(device)) is None:
+            return Cost(fp32=2 * half, words=4 * entries, operators=4)
+        return Cost(bf16x3=half, bf16=half, words=11 * entries, operators=17)
 
     def residual(self, weight: Tensor) -> Tensor:
         """Residual of each matrix: largest entry of |U^T U - I|."""

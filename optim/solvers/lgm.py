@@ -169,6 +169,11 @@ def _across(
     return x, (info[..., None, None] != 0) | ~(energy <= ENERGY * n)
 
 
+def rectangular_exact_products(ratio: float) -> float:
+    """Those of `rectangular_products` that need digits; where `precision` is bf16x3 only these."""
+    return 5 * ratio + 2
+
+
 def _factor(z: Tensor, jitter: float, precision: Precision | None) -> tuple[Tensor, Tensor]:
     """L with L L^T = (1 + jitter) I + Z^2, and where there is none (not 0)."""
     inside = sym(product(z, z, precision)) + (1 + jitter) * eye(z)

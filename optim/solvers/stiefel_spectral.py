@@ -147,20 +147,21 @@ class StiefelSpectral(Solver):
         return self.norm.polar.precision_on(device) is Precision.BF16
 
     def cost(self, shape: tuple[int, int], device: str = "cpu") -> Cost:
-        """Cost of a direction: polar factors in their arithmetic, other products in fp32.
+        """Cost of a direction: polar factors in their arithmetic, other products in theirs.
 
         The words of n x n matrices and the kernels are as tests/optim/test_costs.py counts them.
         """
+        precision = self._precision_on(torch.device(device)) or Precision.FP32
         short, entries, refine = min(shape), shape[0] * shape[1], self.ladder.refine
         method, ratio, cube = self.ladder.method, entries / short**2, 2 * min(shape) ** 3
-        rough, factor = self._rough(torch.device(device)), self.norm.polar.cost(shape, device)
+        rectangular, factor = self._rough(torch.device(device)), self.norm.polar.cost(shape, device)
         if ratio == 1.0 and method != "exact":
-            if method == "lgm" and not rough:
+            if method == "lgm" and not rectangular:
                 factor = products(3 * SQUARE_STEPS * cube, "fp32", 8 * entries, 37)
-            return factor + Cost(fp32=2 * cube, words=14 * entries, operators=8)
+            return factor + products(2 * cube, precision.value, 14 * entries, 8)
         if method == "oneshot":
             words = 10 * entries + 10 * short**2
-            return factor + products(4 * ratio * cube, "fp32", words, operators=12)
+            return factor + products(4 * ratio * cube, precision.value, words, operators=12)
         if method == "published":
             count = dual_ascent_products(ratio, PUBLISHED_STEPS, 0)
             words = PUBLISHED_STEPS * (5 * entries + 10 * short**2)
@@ -168,10 +169,12 @@ class StiefelSpectral(Solver):
             return factor.times(PUBLISHED_STEPS) + beside
         if method == "exact":  # on the host, which no speed describes
             return Cost()
-        if rough:
-            count = lgm.rectangular_products(ratio, refine)
+        if rectangular:
+            exact = lgm.rectangular_exact_products(ratio)
+            rough = lgm.rectangular_products(ratio, refine) - exact
             words = (42 + 3 * refine) * entries + (198 + 172 * refine) * short**2
-            beside = products(count * cube, "fp32", words, 221 + 105 * refine)
+            beside = products(exact * cube, precision.value, words, 221 + 105 * refine)
+            beside += products(rough * cube, "bf16" if precision is Precision.BF16X3 else "fp32")
             return factor.times(2 + refine) + beside
         arithmetic = (self.ladder.precision or Precision.FP32).value
         words = 20 * entries + (438 + 268 * refine) * short**2

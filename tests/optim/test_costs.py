@@ -105,14 +105,20 @@ def test_costs_are_what_a_step_dispatches(name, shape):
 def test_a_gpu_takes_bf16_and_the_rectangular_form():
     """Formulas by hand: n = 4, 16 x 4; six steps are 6 (4 r + 2) n^3 FLOPs in each polar factor."""
     cost, polar = Rule(Spectral(), Stiefel()).cost((16, 4), "cuda"), 6 * (4 * 4 + 2) * 64
-    assert (cost.bf16, cost.bf16x3) == (2 * polar, 0)
-    # Products, a Cholesky factor, and the retraction's cubic step.
-    assert cost.fp32 == round((12 * 4 + 7 + 1 / 6) * 2 * 64) + 4 * 4 * 64
+    # U'G, what is across U, Z Z, the factor's correction, V L', the projection; half a cubic step.
+    assert cost.bf16x3 == (5 * 4 + 2) * 2 * 64 + 2 * 4 * 64
+    # What steers Q and V, the equation along U, V'V; the Cholesky factor counts as a product.
+    assert cost.bf16 == 2 * polar + round((5 * 4 + 6 + 1 / 6) * 2 * 64) + 2 * 4 * 64
+    assert cost.fp32 == 0
+    told = Rule(Spectral(), Stiefel(), ladder=Ladder(precision=Precision.FP32))
+    plain = told.cost((16, 4), "cuda")
+    assert plain.bf16 == 2 * polar + 2 * 4 * 64
+    assert plain.fp32 == round((10 * 4 + 8 + 1 / 6) * 2 * 64)
     tripled = Rule(Spectral(polar=Polar(precision=Precision.BF16X3))).cost((16, 4), "cuda")
     assert (tripled.bf16x3, tripled.flops) == (polar, 3 * polar)
     chosen = Rule(Spectral(), Stiefel(), ladder=Ladder(form="gram", precision=Precision.BF16X3))
     found = chosen.cost((16, 4), "cuda")
-    assert found.bf16 == 0 < found.fp32 == 4 * 4 * 64 < found.bf16x3
+    assert found.fp32 == 0 < found.bf16 == 2 * 4 * 64 < found.bf16x3
 
 
 def test_a_batch_takes_the_operators_of_one_matrix():

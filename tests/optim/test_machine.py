@@ -15,6 +15,7 @@ from geon.launch.compose import compose
 from geon.launch.local import ROOT
 from geon.optim import Ladder, ParamInfo, Polar, Role, Rule, Spectral, Stiefel, matrices_of, plan_of
 from geon.optim.costs import Cost
+from geon.optim.linalg import Precision
 from geon.optim.manifolds import SpectralBall
 from geon.optim.shard import (
     MACHINES,
@@ -71,13 +72,14 @@ def test_operators_count_once_a_batch_and_bucket():
 # after; the products of Manifold Muon outside its polar factors were IEEE fp32. The rows at 768
 # are also in docs/results/operators_gpu.json ("after").
 RECIPES = {"muon": 8.73, "normuon": 10.34, "hybrid": 20.53, "manifold_muon": 62.19}
+FP32 = Ladder(precision=Precision.FP32)
 RULES = [
     (Rule(Spectral("muon", Polar("keller", 5)), nesterov=True), 2048, 24.9),
     (Rule(Spectral("muon"), nesterov=True), 2048, 28.2),
     (Rule(Spectral(), SpectralBall(4.0), nesterov=True, even_rows=True), 2048, 36.5),
-    (Rule(Spectral(), Stiefel(), nesterov=True), 2048, 271.0),
-    (Rule(Spectral(), Stiefel(), nesterov=True, ladder=Ladder("oneshot")), 2048, 124.0),
-    (Rule(Spectral(), Stiefel(), nesterov=True, ladder=Ladder("oneshot")), 768, 31.3),
+    (Rule(Spectral(), Stiefel(), nesterov=True, ladder=FP32), 2048, 271.0),
+    (Rule(Spectral(), Stiefel(), nesterov=True, ladder=replace(FP32, method="oneshot")), 2048, 124),
+    (Rule(Spectral(), Stiefel(), nesterov=True, ladder=replace(FP32, method="oneshot")), 768, 31.3),
 ]
 
 
@@ -86,6 +88,7 @@ def test_recipes_take_what_an_h100_measured(recipe):
     config = compose(
         [f"optim={recipe}", "parallel=single", "shard.machine=cuda", "model.n_layer=12"]
         + ["model.d_model=768", "model.n_head=6", "data.vocab_size=256"]
+        + ["optim.solver.products=fp32"] * (recipe == "manifold_muon")
     )
     model = make_model(config.model)
     plan = plan_ahead(config, model, make_routing(model, config.optim), 1)

@@ -16,6 +16,7 @@ KEYS = {
 LABELS = {
     ("oneshot", "-", "fp32"), ("oneshot", "-", "bf16"), ("lgm", "gram", "fp32"),
     ("lgm", "gram", "bf16x3"), ("lgm", "rect", "fp32"), ("lgm", "rect", "bf16"),
+    ("lgm", "rect", "bf16+x3"),
     ("lgm(1)", "gram", "fp32"), ("published", "-", "fp32"), ("muon", "-", "fp32"),
     ("muon", "-", "bf16"),
 }  # fmt: skip
