@@ -63,7 +63,9 @@ def test_compiled_in_bf16_trains_as_eager(tmp_path, layout):
     options = [f"parallel={layout}", "device=cuda", "optim=muon", "eval.every=5"]
     options += ["data.micro_batch=8", "model.softcap=15"]
     losses = [
-        report(train(tmp_path, on, 1, *options, f"parallel.compile={on}"))["val_nats_per_token"]
+        report(train(tmp_path, f"compile_{on}", 1, *options, f"parallel.compile={on}"))[
+            "val_nats_per_token"
+        ]
         for on in ("false", "null")
     ]
     assert losses[0] == pytest.approx(losses[1], abs=2e-2)
