@@ -1,8 +1,7 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types format bench-solver bench-step bench-drift
-.PHONY: bench-sharding bench-train bench-gpu profile coord-check transfer leaderboard batch-sweep finetune clean
 .PHONY: help setup demo test test-slow test-gpu lint types format bench-solver bench-step bench-drift
-.PHONY: bench-sharding coord-check transfer leaderboard batch-sweep finetune clean
+.PHONY: bench-sharding bench-train bench-gpu profile coord-check transfer leaderboard batch-sweep
+.PHONY: finetune clean
 
 PYTHON ?= python3
 RANKS ?= 2

@@ -96,8 +96,8 @@ class SolverConfig:
     """lgm: gram (n x n products), rect (polar factors of long matrices, bf16 allowed), or auto:
     rect where polar factors are in bf16."""
     products: str = "auto"
-    """Arithmetic of products beside polar factors: fp32, bf16x3, or auto: bf16x3 where polar factors
-    are in bf16 on a GPU, except in the Gram form; fp32 elsewhere."""
+    """Of products beside polar factors: fp32, bf16x3, or auto: bf16x3 where polar factors are in
+    bf16 on a GPU, except in the Gram form; fp32 elsewhere."""
 
 
 @dataclass

@@ -70,7 +70,8 @@ def test_compiled_ranks_train_as_eager_ones(tmp_path, layout, ranks):
     options = [f"parallel={layout}", "optim=muon", "eval.every=7", "logger.every=1"]
     options += ["data.micro_batch=8", "parallel.activation_checkpointing=true"]
     runs = [
-        train(tmp_path, on, ranks, *options, f"parallel.compile={on}") for on in ("false", "true")
+        train(tmp_path, f"compile_{on}", ranks, *options, f"parallel.compile={on}")
+        for on in ("false", "true")
     ]
     for kind, key in (("train", "loss"), ("eval", "val_nats_per_token")):
         eager, compiled = ([row[key] for row in metrics(run, kind)] for run in runs)
