@@ -61,6 +61,7 @@ RANGES: dict[str, Test] = {
     "shard.gbytes": NOT_NEGATIVE,
     "shard.latency_us": NOT_NEGATIVE,
     "plan.world_size": NOT_NEGATIVE,
+    "plan.memory_gb": NOT_NEGATIVE,
     "cluster.nodes": POSITIVE,
     "cluster.ranks_per_node": POSITIVE,
     "cluster.cpus_per_rank": POSITIVE,

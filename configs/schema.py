@@ -60,7 +60,8 @@ class DataConfig:
     batch_tokens: int = MISSING
     """Tokens of a global batch, over all ranks; accumulation is derived."""
     micro_batch: int = 0
-    """Sequences in one forward pass of one rank; 0 takes a rank's whole share."""
+    """Sequences in one forward pass of one rank; 0 takes the most that divide a rank's share and
+    are predicted to fit its memory (on a GPU 65,536 tokens at most)."""
     val_percent: float = 10.0
     """Share of the text (of the files, by name) kept for validation."""
     val_tokens: int = 0
@@ -96,7 +97,8 @@ class ParallelConfig:
     """torch.compile forward and backward, the loss included; null does on a GPU."""
     activation_checkpointing: bool = False
     loss_chunks: int = 0
-    """Pieces that a micro-batch's logits are made in: more need less memory; 0 takes 1."""
+    """Pieces that a micro-batch's logits are made in: more need less memory; 0 takes 1,
+    and more where one sequence would not fit otherwise."""
     share_gpu: bool = False
     """Let several ranks of a node share a GPU: to test, not to go faster. Needs NCCL 2.30."""
     timeout_seconds: float = 600.0
@@ -198,6 +200,9 @@ class PlanConfig:
     format: Format = Format.table
     world_size: int = 0
     """Ranks to plan for; 0 takes WORLD_SIZE, or 1."""
+    memory_gb: float = 0.0
+    """GB of a rank's device, of which 90% are planned with; 0 takes those of the device here, or 80
+    for a GPU that is not here."""
 
 
 @dataclass

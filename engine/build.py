@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
@@ -40,7 +40,11 @@ from geon.optim.router import check_partition
 from geon.optim.routing import Routing, route_by
 from geon.optim.storage import lay
 
-_MOMENTA = {MomentumDtype.fp32: "float32", MomentumDtype.bf16: "bfloat16"}
+if TYPE_CHECKING:
+    from geon.engine.memory import Prediction
+
+MOMENTA = {MomentumDtype.fp32: "float32", MomentumDtype.bf16: "bfloat16"}
+"""Names of torch's dtypes for the momentum."""
 
 
 def make_corpus(config: DataConfig, seed: int) -> Corpus:
@@ -194,7 +198,7 @@ def make_optimizer(
         make_sharding(config),
         mesh,
         max_norm=config.optim.max_norm,
-        momentum=getattr(torch, _MOMENTA[config.optim.momentum_dtype]),
+        momentum=getattr(torch, MOMENTA[config.optim.momentum_dtype]),
         nonfinite=config.optim.nonfinite.value,
         placement=placement,
     )
@@ -216,6 +220,8 @@ class Run:
     model: LanguageModel
     routing: Routing
     optimizer: HybridOptimizer
+    memory: "Prediction | None" = None
+    """What the run was predicted to hold; None where it was not asked."""
 
     def whole(self, name: str) -> Tensor:
         """A whole weight; gathers a sharded one, so every rank must call."""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from geon.configs.schema import Config, Mode
-from geon.engine import build, checkpoint, planning, runfolder
+from geon.engine import build, checkpoint, fitting, planning, runfolder
 from geon.engine.backends import check_deepspeed
 from geon.engine.callbacks import (
     Checkpointer,
@@ -85,7 +85,12 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
             "state that checkpoints do not hold; set checkpoint.resume=never"
         )
     parallel = start(config.parallel, config.device, env)
+    plan = planning.plan_ahead(config, model, routing, env.world)
+    memory = fitting.fit(config, model, routing, plan, parallel)
+    batches = replace(batches, micro=memory.micro_batch)
+    parallel.loss_chunks = memory.loss_chunks
     run = build.build(config, parallel, corpus, batches, model, routing)
+    run.memory = memory
     folder = Path(config.output) / config.name
     trainer = Trainer(run, folder, callbacks)
     if any(isinstance(rule, Baseline) for rule in routing.rules.values()):
@@ -162,7 +167,8 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = plain(asdict(run.config))
     OmegaConf.save(OmegaConf.create(settings), folder / runfolder.CONFIG)
-    facts = planning.plan_facts(run.model, run.routing, run.optimizer.plan)
+    assert run.memory is not None
+    facts = planning.plan_facts(run.model, run.routing, run.optimizer.plan, run.memory)
     write_json(folder / runfolder.PLAN, facts)
     try:
         trainer.loggers = open_loggers(folder, run.config.logger, run.config.name, settings)
@@ -185,12 +191,13 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
 
 def _headline(parallel: Parallel, trainer: Trainer) -> str:
     run = trainer.run
+    assert run.memory is not None
     return (
         f"{run.routing.table()}\n{run.optimizer.plan.table()}\n{planning.describe(run.model)}\n"
         f"data: {run.corpus.facts}\n"
         f"{parallel.env.world} ranks on {parallel.device.type}, "
         f"{run.config.data.batch_tokens:,} tokens a step in {run.batches.accumulation} "
-        f"micro-batches a rank"
+        f"micro-batches a rank\n{run.memory.summary()}"
     )
 
 

@@ -159,6 +159,8 @@ class Parallel:
     mesh: DeviceMesh | None = None
     backend: Any = None
     """A framework that runs model and gradients (engine/backends.py)."""
+    loss_chunks: int = 0
+    """Chosen pieces of the logits (engine/fitting.py); 0 takes the config's."""
     _module: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -226,7 +228,7 @@ class Parallel:
     def wrap(self, model: LanguageModel) -> None:
         """Prepare forward and backward of a model, once its weights are set."""
         model.checkpoint_activations = self.config.activation_checkpointing
-        model.loss_chunks = self.config.loss_chunks or 1
+        model.loss_chunks = self.loss_chunks or self.config.loss_chunks or 1
         self._module = self._compiled(model) if self.compiles else model
         if self.mesh is not None and self.config.layout is Layouts.ddp:
             from torch.nn.parallel import DistributedDataParallel

@@ -5,6 +5,8 @@ from typing import Any
 
 from geon.configs.schema import Config
 from geon.engine.build import Routing, make_model, make_routing, native_half
+from geon.engine.fitting import choose, planned_bytes, refusal
+from geon.engine.memory import Prediction
 from geon.engine.parallel import check_layout, planned_layouts
 from geon.engine.sharding import make_sharding, planned_device
 from geon.models import LanguageModel
@@ -25,23 +27,31 @@ def plan_ahead(config: Config, model: LanguageModel, routing: Routing, world: in
 
 
 def report_plan(config: Config, world: int) -> str:
-    """What `mode=plan` prints: roles, routes and bytes, without a process group or a GPU."""
+    """What `mode=plan` prints: roles, routes, bytes sent and held; no process group, no GPU."""
     model = make_model(config.model)
     routing = make_routing(model, config.optim, native_half(config, planned_device(config)))
     check_layout(config.parallel, config.model, world)
-    plan = plan_ahead(config, model, routing, world)
+    plan, kind = plan_ahead(config, model, routing, world), planned_device(config)
+    room = planned_bytes(config, kind)
+    memory = choose(config, model, routing, plan, world, kind, room)
     if config.plan.format.value == "json":
-        return json.dumps(plan_facts(model, routing, plan), indent=2)
-    return f"{routing.table()}\n\n{plan.table()}\n\n{describe(model)}"
+        return json.dumps(plan_facts(model, routing, plan, memory), indent=2)
+    parts = [routing.table(), plan.table(), memory.table(), describe(model)]
+    if (reason := refusal(memory, config, room)) is not None:
+        parts.append(reason)
+    return "\n\n".join(parts)
 
 
-def plan_facts(model: LanguageModel, routing: Routing, plan: Plan) -> dict[str, Any]:
+def plan_facts(
+    model: LanguageModel, routing: Routing, plan: Plan, memory: Prediction
+) -> dict[str, Any]:
     """Content of plan.json."""
     return {
         "parameters": model.parameter_count(),
         "flops_per_token": model.flops_per_token(),
         "routes": routing.to_dict(),
         **plan.to_dict(),
+        "memory": memory.to_dict(),
         "digest": plan.digest,
     }
 

@@ -12,6 +12,11 @@ _CPU_BLOCK, _BLOCK = 2**18, 2**25
 """Logits that are widened at a time: they stay in a CPU's cache, and keep a GPU busy."""
 
 
+def block_rows(kind: str, vocab_size: int) -> int:
+    """Rows of logits that are widened at a time on a device of a kind, outside of compiled code."""
+    return max(1, (_CPU_BLOCK if kind == "cpu" else _BLOCK) // vocab_size)
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -88,8 +93,7 @@ def _losses(
 ) -> Tensor:
     """Sum of shares * losses of the rows; with `gradient`, the logits become its gradient."""
     compiling = torch.compiler.is_compiling()  # then it is one kernel, whatever the size
-    block_size = _CPU_BLOCK if logits.device.type == "cpu" else _BLOCK
-    rows = len(logits) if compiling else max(1, block_size // logits.shape[1])
+    rows = len(logits) if compiling else block_rows(logits.device.type, logits.shape[1])
     total = torch.zeros((), dtype=shares.dtype, device=logits.device)
     for first in range(0, len(logits), rows):
         block, share = logits[first : first + rows], shares[first : first + rows, None]
