@@ -168,7 +168,8 @@ def predict(
         "weights": held["weights"],
         "optimizer state": held["optimizer state"],
         # DDP copies gradients into buckets that live as long as it does (no bucket views).
-        "gradient buckets": held["gradients"] * (config.parallel.layout is Layouts.ddp and world > 1),
+        "gradient buckets": held["gradients"]
+        * (config.parallel.layout is Layouts.ddp and world > 1),
         # The loader makes a step's micro-batches at once: inputs and targets, int64.
         "batch": 2 * 8 * share * context,
     }
@@ -303,9 +304,8 @@ def copied_bytes(model: LanguageModel, size: int, compiled: bool, checkpointed: 
     """
     if compiled and checkpointed:
         return 0
-    matrices = sum(
-        i.numel for i in model.infos if i.name.startswith("blocks.") and len(i.shape) > 1
-    )
+    inner = [info for info in model.infos if info.name.startswith("blocks.")]
+    matrices = sum(info.numel for info in inner if len(info.shape) > 1)
     if model.shape.gains:  # weights times rows, then times columns; not in autocast's cache
         return 0 if checkpointed else matrices * (FP32 + size)
     return sum(info.numel for info in inner) * size if size < FP32 else 0
@@ -324,8 +324,9 @@ def _loss(case: _Case, tokens: int, chunks: int, gradients: bool) -> tuple[int, 
     blocks = 0
     if not case.compiled:  # blocks of rows in fp32: log-probabilities, what a softcap takes,
         # and those of the block before, until they are replaced.
-        count = case.half + (2 if not capped else 4 if gradients else 3)
-        blocks = min(rows, block_rows(case.kind, width)) * width * FP32 * count
+        widened = min(rows, block_rows(case.kind, width))
+        count = case.half + (1 if not capped else 3 if gradients else 2) + (widened < rows)
+        blocks = widened * width * FP32 * count
     cast = matrix * case.size if case.half and case.alone else 0
     cast += tokens * s.d_model * case.size  # what the head reads
     if not gradients:
