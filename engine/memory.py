@@ -16,6 +16,7 @@ from geon.engine.build import MOMENTA
 from geon.engine.parallel import Parallel, mesh_shape, planned_layouts
 from geon.launch.env import Env
 from geon.models import LanguageModel
+from geon.models.layers import composes
 from geon.models.loss import block_rows
 from geon.optim import Rule
 from geon.optim.routing import Routing
@@ -178,7 +179,8 @@ def predict(
     earlier = collected * (accumulation > 1)
     root, unit = _units(model, tensor)
     gathered = (root + 2 * unit) * size if sharded else 0  # the one in use, and its neighbour
-    block = block_bytes(model, tokens, size, case.wide, tensor)
+    composed = composes(kind, torch.bfloat16 if case.half else torch.float32, context)
+    block = block_bytes(model, tokens, size, case.wide, tensor, composed)
     layers = model.shape.n_layer
     blocks = layers * (tokens * model.shape.d_model * size if case.checkpointed else block)
     outer = outer_bytes(model, tokens, size, case.wide)
@@ -264,7 +266,9 @@ def _held(
     return {"weights": own, "gradients": own, "optimizer state": states[rank]}
 
 
-def block_bytes(model: LanguageModel, tokens: int, size: int, wide: int, tensor: int = 1) -> int:
+def block_bytes(
+    model: LanguageModel, tokens: int, size: int, wide: int, tensor: int = 1, composed: bool = False
+) -> int:
     """Bytes that one block keeps for the backward pass, weights apart; eager and compiled alike.
 
     The compiler's partitioner recomputes products with rotary tables and sums of the residual
@@ -272,6 +276,7 @@ def block_bytes(model: LanguageModel, tokens: int, size: int, wide: int, tensor:
     because they must exist in the backward pass.
 
     size, wide: see _Case. Both norms keep input and output, the latter as input of a product.
+    composed: see models/layers.py.
     """
     s = model.shape
     d, own, heads = s.d_model, s.d_model // tensor, s.n_head // tensor
@@ -279,11 +284,12 @@ def block_bytes(model: LanguageModel, tokens: int, size: int, wide: int, tensor:
     # non-linearity.
     kept = 2 * d * (wide if model.arch == "gpt" else size) + 2 * d * size
     kept += 4 * own * size + 2 * s.mlp_ratio * own * size
-    # Log-sum-exp of attention by head; each norm's factor by token, and a LayerNorm's mean.
-    kept += FP32 * heads + 2 * FP32 * (1 if model.arch == "gpt" else 2)
+    # Of attention by head: its odds, or their log-sum-exp. By token a norm's factor, and a mean.
+    kept += heads * (s.context * size if composed else FP32)
+    kept += 2 * FP32 * (1 if model.arch == "gpt" else 2)
     if model.arch == "gpt":  # q and k go through norms of their own
         kept += 2 * own * wide + 2 * FP32 * heads
-        if s.fused_qkv:  # v keeps the fused product alive
+        if s.fused_qkv and not composed:  # v keeps the fused product alive
             kept += 2 * own * size
     return tokens * kept
 
