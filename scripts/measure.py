@@ -9,7 +9,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -26,13 +27,14 @@ from geon.launch.env import read_env
 from geon.optim import Group, HybridOptimizer, ParamInfo, Polar, Role, Rule, Spectral, Stiefel
 from geon.optim.linalg import Precision, ieee_products
 from geon.optim.shard import MACHINES, Machine
-from geon.optim.shard.machine import FORMAT
+from geon.optim.shard.machine import FORMAT, WORD
 from geon.scripts.doctor import in_two_processes
 
 SIDES = {"cpu": (32, 64, 128, 256, 512, 1024), "cuda": (128, 256, 512, 768, 1024, 2048, 4096)}
 ENTRIES = {"cpu": 2**18, "cuda": 2**25}
 """Of a batch of square matrices; one matrix may have more."""
-MEMORY_WORDS = {"cpu": 2**22, "cuda": 2**28}
+MEMORY = {"cpu": (128, 24), "cuda": (1024, 64)}
+"""Side and number of the matrices whose element-wise work tells the speed of memory."""
 MESSAGE_BYTES = {"cpu": 2**23, "cuda": 2**27}
 """What a rank sends each other one."""
 SECONDS = 0.2
@@ -40,7 +42,7 @@ SECONDS = 0.2
 
 
 def _seconds(work: Callable[[], Any], device: str) -> float:
-    """Median seconds of something, the first time apart."""
+    """Least seconds of something, the first time apart: others may use the machine meanwhile."""
     wait = torch.cuda.synchronize if device == "cuda" else torch.cpu.synchronize
     work()
     found: list[float] = []
@@ -51,7 +53,7 @@ def _seconds(work: Callable[[], Any], device: str) -> float:
         work()
         wait()
         found.append(time.perf_counter() - start)
-    return median(found)
+    return min(found)
 
 
 def product_speeds(device: str, precision: Precision) -> list[tuple[int, float]]:
@@ -72,38 +74,40 @@ def product_speeds(device: str, precision: Precision) -> list[tuple[int, float]]
     return [(side, best := max(best, rate)) for side, rate in rates]
 
 
-def memory_speed(device: str) -> float:
-    """Bytes/s of operations that read two tensors and write a new one.
-
-    Half of them by foreach, which holds all results at once, and half one after another, as in a
-    step: on a CPU fresh pages take five times as long as memory that is used again.
-    """
-    parts = 16
-    tensors = [torch.randn(MEMORY_WORDS[device] // parts, device=device) for _ in range(2 * parts)]
-    a, b = tensors[:parts], tensors[parts:]
-
-    def work() -> None:
-        torch._foreach_lerp(a, b, 0.5)
-        for pair in zip(a, b, strict=True):
-            torch.lerp(*pair, 0.5)
-
-    return 2 * 3 * 4 * MEMORY_WORDS[device] / _seconds(work, device)
+def step_seconds(rule: Rule, shape: tuple[int, int], count: int, device: str) -> float:
+    """Seconds of a whole step of so many matrices."""
+    pairs = []
+    for index in range(count):
+        weight = Spectral().init(shape, torch.Generator().manual_seed(index)).to(device)
+        param = nn.Parameter(weight)
+        param.grad = torch.randn(shape, device=device)
+        pairs.append((ParamInfo(f"w{index}", shape, Role.HIDDEN), param))
+    return _seconds(HybridOptimizer([Group("hidden", rule, 0.02, pairs)]).step, device)
 
 
 def operator_seconds(device: str) -> float:
     """Seconds of the host for an operator: whole steps of matrices too small to compute on."""
-    spent, operators = 0.0, 0
-    polar = Polar("keller", 5)
-    for rule in (Rule(Spectral(polar=polar), nesterov=True), Rule(Spectral(), Stiefel())):
-        shape, pairs = (16, 8), []
-        for index in range(4):
-            weight = Spectral().init(shape, torch.Generator().manual_seed(index)).to(device)
-            param = nn.Parameter(weight)
-            param.grad = torch.randn(shape, device=device)
-            pairs.append((ParamInfo(f"w{index}", shape, Role.HIDDEN), param))
-        spent += _seconds(HybridOptimizer([Group("hidden", rule, 0.02, pairs)]).step, device)
-        operators += rule.cost(shape, device).operators
-    return spent / operators
+    rules = Rule(Spectral(polar=Polar("keller", 5)), nesterov=True), Rule(Spectral(), Stiefel())
+    spent = sum(step_seconds(rule, (16, 8), 4, device) for rule in rules)
+    return spent / sum(rule.cost((16, 8), device).operators for rule in rules)
+
+
+def memory_speed(device: str, speeds: Mapping[str, Any]) -> float:
+    """Bytes/s of element-wise work: of a Muon step of one polar step, less its products.
+
+    A loop over large tensors would tell something else: fresh pages, strides and small kernels cost
+    what they cost in a step. speeds: of products and operators, which are taken off; no more than
+    half of the step, so that an error of theirs does not become one of memory.
+    """
+    side, count = MEMORY[device]
+    rule = Rule(Spectral(polar=Polar("cubic", 1)), nesterov=True, decay=0.1)
+    cost = rule.cost((side, side), device).batch(count)
+    spent = step_seconds(rule, (side, side), count, device)
+    beside = Machine(**speeds, bandwidth=1.0, latency=1.0, device=device)
+    others = beside.work(beside.compute(replace(cost, words=0), side), 0)
+    if device == "cpu":
+        others += cost.operators * speeds["operator"]
+    return WORD * cost.words / max(spent - others, spent / 2)
 
 
 def exchange_speeds(rank: int, device: str) -> dict[str, float]:
@@ -143,7 +147,8 @@ def measure(device: torch.device) -> dict[str, Any]:
     """
     kind = device.type
     speeds: dict[str, Any] = {p.value: product_speeds(kind, p) for p in Precision}
-    speeds |= {"memory": memory_speed(kind), "operator": operator_seconds(kind)}
+    speeds["operator"] = operator_seconds(kind)
+    speeds["memory"] = memory_speed(kind, speeds)
     ranks, assumed = 1, []
     if dist.is_initialized():
         ranks = dist.get_world_size()
