@@ -220,8 +220,8 @@ class Run:
     model: LanguageModel
     routing: Routing
     optimizer: HybridOptimizer
-    memory: "Prediction | None" = None
-    """What the run was predicted to hold; None where it was not asked."""
+    predicted: "Prediction | None" = None
+    """Memory that the run was predicted to hold; None where it was not asked."""
 
     def whole(self, name: str) -> Tensor:
         """A whole weight; gathers a sharded one, so every rank must call."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from geon.engine import checkpoint
 from geon.engine.build import fingerprint
 from geon.engine.evaluate import Evaluation, evaluate
+from geon.engine.exhaustion import explained
 from geon.engine.metrics import peak_flops
 from geon.engine.trainer import Callback, Trainer
 from geon.optim import Role, Rule, block_scale
@@ -79,6 +80,7 @@ class Progress(Callback):
             "solver_fallbacks": run.parallel.count(run.optimizer.readings.fallbacks()),
             "optimizer_bytes_sent": run.optimizer.exchange.bytes_sent,
             "flops_per_second": rate * run.model.flops_per_token(),
+            "peak_memory_bytes": trainer.memory.read(),
         }
         if run.optimizer.skipped:
             record["steps_skipped"] = run.optimizer.skipped
@@ -147,14 +149,17 @@ class Evaluator(Callback):
     def evaluate(self, trainer: Trainer) -> None:
         """Run and log one evaluation."""
         run = trainer.run
-        self.last = evaluate(
-            run.parallel,
-            run.corpus,
-            run.config.model.context,
-            run.config.data.val_tokens,
-            run.config.eval.batch,
-        )
+        trainer.memory.pause()
+        with explained(run.config, run.predicted, run.parallel.env.rank, "evaluation"):
+            self.last = evaluate(
+                run.parallel,
+                run.corpus,
+                run.config.model.context,
+                run.config.data.val_tokens,
+                run.config.eval.batch,
+            )
         record = {"tokens": trainer.tokens, "elapsed": trainer.elapsed}
+        record["peak_memory_bytes"] = trainer.memory.set_aside()
         trainer.log("eval", record | self.last.to_dict())
         gc.collect()
 

@@ -23,6 +23,7 @@ from geon.engine.callbacks import (
 from geon.engine.curvature import Curvature
 from geon.engine.devices import pick_device
 from geon.engine.evaluate import val_windows
+from geon.engine.exhaustion import explained
 from geon.engine.geometry import Geometry, RecordPairs
 from geon.engine.loggers import check_loggers, open_loggers
 from geon.engine.parallel import Parallel, check_layout, start
@@ -39,6 +40,7 @@ def execute(config: Config, env: Env) -> None:
     Raises:
         UsageError: bad input, found before a process group or a run folder exists wherever the
             input allows.
+        OutOfMemory: on each rank that has no more.
     """
     if config.mode is Mode.plan:
         if env.main:
@@ -55,7 +57,8 @@ def train(config: Config, env: Env) -> None:
     if env.main:
         _prepare_folder(trainer, resume)
     parallel.barrier()
-    trainer.fit()
+    with explained(config, trainer.run.predicted, env.rank):
+        trainer.fit()
     parallel.barrier()
 
 
@@ -89,8 +92,9 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
     memory = fitting.fit(config, model, routing, plan, parallel)
     batches = replace(batches, micro=memory.micro_batch)
     parallel.loss_chunks = memory.loss_chunks
-    run = build.build(config, parallel, corpus, batches, model, routing)
-    run.memory = memory
+    with explained(config, memory, env.rank, "building the model"):
+        run = build.build(config, parallel, corpus, batches, model, routing)
+    run.predicted = memory
     folder = Path(config.output) / config.name
     trainer = Trainer(run, folder, callbacks)
     if any(isinstance(rule, Baseline) for rule in routing.rules.values()):
@@ -167,8 +171,8 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = plain(asdict(run.config))
     OmegaConf.save(OmegaConf.create(settings), folder / runfolder.CONFIG)
-    assert run.memory is not None
-    facts = planning.plan_facts(run.model, run.routing, run.optimizer.plan, run.memory)
+    assert run.predicted is not None
+    facts = planning.plan_facts(run.model, run.routing, run.optimizer.plan, run.predicted)
     write_json(folder / runfolder.PLAN, facts)
     try:
         trainer.loggers = open_loggers(folder, run.config.logger, run.config.name, settings)
@@ -191,13 +195,13 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
 
 def _headline(parallel: Parallel, trainer: Trainer) -> str:
     run = trainer.run
-    assert run.memory is not None
+    assert run.predicted is not None
     return (
         f"{run.routing.table()}\n{run.optimizer.plan.table()}\n{planning.describe(run.model)}\n"
         f"data: {run.corpus.facts}\n"
         f"{parallel.env.world} ranks on {parallel.device.type}, "
         f"{run.config.data.batch_tokens:,} tokens a step in {run.batches.accumulation} "
-        f"micro-batches a rank\n{run.memory.summary()}"
+        f"micro-batches a rank\n{run.predicted.summary()}"
     )
 
 

@@ -4,6 +4,7 @@ import bz2
 import math
 import os
 import platform
+import sys
 import time
 import zlib
 from collections import Counter
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # Dense bf16 peak, FLOP/s, from the vendors' data sheets; matched against the device's name.
 PEAK_FLOPS = {
@@ -86,6 +92,45 @@ def _between(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) ->
     if isinstance(start, float) and isinstance(stop, float):
         return stop - start
     return start.elapsed_time(stop) / 1e3  # type: ignore[union-attr, arg-type]
+
+
+class PeakMemory:
+    """Largest memory of this process: allocated by torch on a GPU, resident on a CPU.
+
+    On a CPU it only grows, and counts all of the process: the system keeps no other figure.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._since = 0
+        self.training = 0
+        """Bytes, of all of the training that was read."""
+
+    def set_aside(self) -> int:
+        """Start a peak of its own, e.g. an evaluation's; returns the bytes of what ends here."""
+        if self._device.type == "cuda":
+            found = torch.cuda.max_memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return found
+        return _resident_peak()
+
+    def pause(self) -> None:
+        """Keep the peak of training so far: another one begins."""
+        self._since = max(self._since, self.set_aside())
+
+    def read(self) -> int:
+        """Bytes of training since the last read."""
+        found = max(self._since, self.set_aside())
+        self._since, self.training = 0, max(self.training, found)
+        return found
+
+
+def _resident_peak() -> int:
+    """Bytes; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB elsewhere
 
 
 def yardsticks(text: bytes) -> dict[str, float]:

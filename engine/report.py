@@ -80,6 +80,8 @@ class Report(Callback):
             if train
             else None,
             "optimizer_state_bytes": run.optimizer.state_bytes(),
+            "peak_memory_bytes": trainer.memory.training,
+            "peak_memory_bytes_predicted": run.predicted.peak if run.predicted else None,
             "matrices_orthogonalized_per_step": run.optimizer.plan.orthogonalized,
             "data": run.corpus.facts,
             "hardware": hardware(run.parallel.device.type),

@@ -13,7 +13,7 @@ import torch
 from geon.data import Loader
 from geon.engine.build import Run
 from geon.engine.loggers import Logger
-from geon.engine.metrics import Stopwatch
+from geon.engine.metrics import PeakMemory, Stopwatch
 from geon.engine.schedule import fraction
 
 COLLECT_EVERY = 1000
@@ -72,6 +72,7 @@ class Trainer:
         self.loss = torch.zeros((), device=run.parallel.device)
         self.loader = Loader(run.batches, run.parallel.device)
         self.stopwatch = Stopwatch(run.parallel.device)
+        self.memory = PeakMemory(run.parallel.device)
         self._resumed_at = time.perf_counter()
 
     @property

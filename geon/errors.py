@@ -1,4 +1,4 @@
-"""The exceptions of our own: the input is wrong, or another rank is gone."""
+"""The exceptions of our own: wrong input, another rank that is gone, too little memory."""
 
 
 class UsageError(ValueError):
@@ -22,3 +22,7 @@ def nearest(word: str, choices: list[str]) -> str:
 
     close = get_close_matches(word, choices, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class OutOfMemory(Exception):
+    """A device has no more memory: the message says what was asked for, and what needs less."""

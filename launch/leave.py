@@ -6,23 +6,23 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from geon.errors import UsageError
+from geon.errors import OutOfMemory, UsageError
 from geon.launch.env import under_launcher, wants_traceback
 
 
 def guard(action: Callable[[], int | None]) -> int:
     """Run a command line; returns its exit status.
 
-    Bad input is one message and 2, Ctrl-C is 130. Other errors pass, except under a launcher,
-    where they are printed and give 1, because ranks must leave by `leave`.
+    Bad input is one message and 2, too little memory one and 1, Ctrl-C is 130. Other errors pass,
+    except under a launcher, where they are printed and give 1, because ranks must leave by `leave`.
     """
     try:
         return action() or 0
-    except UsageError as error:
+    except (UsageError, OutOfMemory) as error:
         if wants_traceback():
             traceback.print_exc()
         print(f"geon: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -67,6 +67,7 @@ def test_the_log_tells_loss_rate_share_and_geometry(folder):
     assert row["matrices_orthogonalized"] == 12
     assert 0 < row["optimizer_share"] < 1
     assert row["tokens_per_second"] > 0
+    assert row["peak_memory_bytes"] > 2**26  # an interpreter with torch, at the least
     assert [r["step"] for r in metrics(folder, "eval")] == [10, 20]
     spectra = metrics(folder, "spectrum")
     assert [r["step"] for r in spectra] == [0, 5, 10, 15, 20]
@@ -78,6 +79,7 @@ def test_the_log_tells_loss_rate_share_and_geometry(folder):
 def test_the_report_compares_like_with_like(folder, capsys):
     facts = report(folder)
     assert facts["val_bytes"] == facts["val_tokens"] == 2048
+    assert facts["peak_memory_bytes"] >= facts["peak_memory_bytes_predicted"] > 2**20
     assert 0 < facts["zlib"] < facts["order0"]
     assert first_run_report.main([str(folder), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
