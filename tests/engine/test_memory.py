@@ -128,7 +128,7 @@ def test_sharding_divides_and_accumulating_does_not():
 
 
 def test_compiled_blocks_keep_what_a_fused_norm_would():
-    """By hand, in bf16: 18 numbers of the width a token and block, norms' factors, odds of heads."""
+    """By hand, in bf16: 18 numbers of the width a token and block, factors, odds of heads."""
     found, config = predicted(1, "parallel.precision=bf16", "parallel.compile=true", kind="cpu")
     tokens, d = 2048, 128
     outer = 3 * d * 2 + 2 * 4  # inputs of the two outer norms, and the gradient of the head's
