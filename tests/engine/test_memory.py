@@ -127,9 +127,29 @@ def test_sharding_divides_and_accumulating_does_not():
     assert half.phases["step"]["weights"] == whole // 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", MODELS)
+def test_what_the_compiler_saves_is_what_was_predicted(arch):
+    options = [f"model={arch}", "parallel.precision=bf16", "optim=adamw", "parallel.compile=true"]
+    trainer, found = job(*options)
+    run = trainer.run
+    tokens, targets = run.batches.step(0)[0]
+    loss = run.parallel.loss(tokens, targets)
+    own = {p.data_ptr() for p in run.model.parameters()}
+    saved = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in loss.grad_fn.saved_tensors
+        if t.data_ptr() not in own
+    }
+    parts = found.phases["loss"]
+    others = run.model.head_weight.nbytes // 2 + tokens.nbytes  # its gradient in bf16
+    kept = parts["activations"] + parts["weight copies"]
+    assert sum(saved.values()) - others == pytest.approx(kept, rel=0.05)
+
+
 def test_compiled_blocks_keep_what_a_fused_norm_would():
     """By hand, in bf16: 18 numbers of the width a token and block, factors, odds of heads."""
-    found, config = predicted(1, "parallel.precision=bf16", "parallel.compile=true", kind="cpu")
+    found, _ = predicted(1, "parallel.precision=bf16", "parallel.compile=true", kind="cpu")
     tokens, d = 2048, 128
     outer = 3 * d * 2 + 2 * 4  # inputs of the two outer norms, and the gradient of the head's
     # Factors of two norms, and of those of q and k by head; the odds of 64 tokens by head.
