@@ -123,9 +123,10 @@ def fit(
 
 
 def _first(values: list[int], prediction: Callable[[int], Prediction], room: float) -> Prediction:
-    """The first prediction that fits, or the last."""
+    """The first prediction that fits, or the smallest."""
+    tried: list[Prediction] = []
     for value in values:
-        found = prediction(value)
-        if found.peak <= room:
-            break
-    return found
+        tried.append(prediction(value))
+        if tried[-1].peak <= room:
+            return tried[-1]
+    return min(tried, key=lambda one: one.peak)

@@ -184,7 +184,7 @@ def predict(
     layers = model.shape.n_layer
     blocks = layers * (tokens * model.shape.d_model * size if case.checkpointed else block)
     outer = outer_bytes(model, tokens, size, case.wide)
-    copies = copied_bytes(model, size, case.compiled, case.checkpointed) if case.alone else 0
+    copies = copied_bytes(model, size, case.compiled, case.checkpointed) * case.alone // tensor
     again = block if case.checkpointed else 0
     work, found, head = _backward(case, tokens)
     # FSDP2 reduces a unit from a whole fp32 copy, while its gradient is there in bf16.
