@@ -122,9 +122,10 @@ def test_what_is_measured_is_planned_with(tmp_path, monkeypatch, capsys):
 
 
 def ratios(layers, width):
-    """Predicted over measured seconds of steps, by what was measured just before."""
+    """Predicted over measured seconds of steps, the least of each: others may use the machine."""
     machine = read_machine(measure.measure(torch.device("cpu")))
-    found = bench_step.time_steps(layers, width, 5, "cpu")["seconds"]
+    runs = [bench_step.time_steps(layers, width, 1, "cpu")["seconds"] for _ in range(10)]
+    found = {name: min(run[name] for run in runs) for name in bench_step.RULES}
     for name, rule in bench_step.RULES.items():
         matrices = []
         for index, shape in enumerate(bench_step.shapes(layers, width)):
@@ -134,21 +135,19 @@ def ratios(layers, width):
 
 
 @pytest.mark.slow
-def test_a_measured_machine_predicts_steps_within_a_factor_of_one_and_a_half(monkeypatch):
-    """Up to three times, since others may load the machine between two measurements."""
+@pytest.mark.parametrize(("layers", "width"), [(2, 128), (2, 256)])
+def test_a_measured_machine_predicts_steps_within_a_factor_of_one_and_a_half(
+    monkeypatch, layers, width
+):
     monkeypatch.setattr(measure, "SIDES", {"cpu": (64, 128, 256)})
     monkeypatch.setattr(measure, "_two_ranks", lambda kind: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for layers, width in ((2, 128), (2, 256)):
-            tries = []
-            while len(tries) < 3 and not (tries and tries[-1][0] < 1.5):
-                found = dict(ratios(layers, width))
-                tries.append((max(max(r, 1 / r) for r in found.values()), found))
-            assert tries[-1][0] < 1.5, tries
+        found = dict(ratios(layers, width))
     finally:
         torch.set_num_threads(threads)
+    assert all(1 / 1.5 < ratio < 1.5 for ratio in found.values()), found
 
 
 @pytest.mark.slow
