@@ -147,7 +147,7 @@ def measure(device: torch.device) -> dict[str, Any]:
     """
     kind = device.type
     if kind == "cpu":
-        # As in a run: glibc keeps freed memory once a block of almost 32 MiB was freed. Before that,
+        # As in a run: glibc keeps freed memory once a block of almost 32 MiB was freed. Until then
         # each step may fault its pages in anew, and memory looks slower than it is.
         torch.zeros(31 * 2**18)
     speeds: dict[str, Any] = {p.value: product_speeds(kind, p) for p in Precision}

@@ -122,7 +122,7 @@ def test_what_is_measured_is_planned_with(tmp_path, monkeypatch, capsys):
 
 
 def ratios(layers, width):
-    """Predicted over measured seconds of steps, the least of each: others may use the machine."""
+    """Predicted over measured seconds of steps, the least of each; fails on a busy machine."""
     machine = read_machine(measure.measure(torch.device("cpu")))
     runs = [bench_step.time_steps(layers, width, 1, "cpu")["seconds"] for _ in range(10)]
     found = {name: min(run[name] for run in runs) for name in bench_step.RULES}

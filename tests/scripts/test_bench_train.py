@@ -96,8 +96,10 @@ def test_a_planted_nap_shows_where_it_is(monkeypatch, owner, name, phase, added)
     assert all(step[phase] >= NAP for step in steps)
     assert min(sum(step.values()) - step[phase] for step in steps) < NAP
     one.plain()
-    over = one.overhead(5) * bench_loop.seconds(one.plain, torch.device("cpu"))
-    assert (over > 0.7 * NAP) == added
+    over = one.overhead(9) * min(
+        bench_loop.seconds(one.plain, one.timeline.device) for _ in range(3)
+    )
+    assert (over > 0.5 * NAP) == added
 
 
 def test_the_plain_loop_has_the_gradients_of_the_step():
