@@ -27,10 +27,7 @@ class Loader:
 
     def step(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Micro-batches at `step`: pairs (micro, T) of int64 inputs and targets, on the device."""
-        windows = self._read(step).to(self._device, non_blocking=True)
-        return [
-            (part[:, :-1].long(), part[:, 1:].long()) for part in windows.split(self._batches.micro)
-        ]
+        return self._batches.pairs(self._read(step).to(self._device, non_blocking=True))
 
     def close(self) -> None:
         """Let the thread end; the loader may not be used after."""

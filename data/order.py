@@ -112,7 +112,13 @@ class Batches:
             row[:] = self.split.window(int(i) * self.context, self.context + 1)
         return torch.from_numpy(rows)
 
+    def pairs(self, windows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Micro-batches of what `windows_at` gave, on its device: int64 (micro, T) each.
+
+        Returns: inputs, and targets, which are a token ahead.
+        """
+        return [(part[:, :-1].long(), part[:, 1:].long()) for part in windows.split(self.micro)]
+
     def step(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Micro-batches of this rank at `step`: pairs (micro, T) of int64 inputs and targets."""
-        parts = self.windows_at(step).long().split(self.micro)
-        return [(part[:, :-1], part[:, 1:]) for part in parts]
+        return self.pairs(self.windows_at(step))

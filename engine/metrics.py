@@ -40,10 +40,15 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
+def cpu_flags() -> dict[str, Any]:
+    """What torch knows of this CPU, by name; empty where it does not tell."""
+    known: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return known()
+
+
 def bf16_instructions() -> bool:
     """Whether this CPU has instructions for bf16 products; without, they are slower than fp32."""
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return any(bool(found) for name, found in capabilities().items() if "bf16" in name)
+    return any(bool(found) for name, found in cpu_flags().items() if "bf16" in name)
 
 
 def hardware(device: str) -> str:

@@ -177,12 +177,6 @@ class Parallel:
         return arithmetic(self.config.precision, self.device.type)
 
     @property
-    def module(self) -> nn.Module:
-        """The model as steps call it: compiled, and behind DDP, where it is."""
-        assert self._module is not None
-        return self._module
-
-    @property
     def sharded(self) -> bool:
         """Whether FSDP2 shards the weights."""
         return self.mesh is not None and self.config.layout in (Layouts.fsdp, Layouts.hsdp)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geon.models.layers import lowered
+
 IGNORED = -100
 """Target that counts for nothing, as in torch."""
 
@@ -35,11 +37,9 @@ def linear_cross_entropy(
     softcap: logits become softcap * tanh(logits / softcap); 0 leaves them.
     chunks: pieces that the rows are cut into; logits of one piece exist at a time.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
+    x = lowered(x)
     inputs = (x.flatten(0, -2), weight, targets.flatten(), scale, softcap, chunks)
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled():
             return _WithGradients.apply(*inputs)
         return _evaluate(*inputs)[0]

@@ -244,7 +244,7 @@ class Rule:
 
         weight: needed on a manifold. shape: of the logical matrix, when `update` is a shard.
         """
-        solve = _compiled_solve() if self.compiled and not update.is_meta else _solve
+        solve = _compiled_solve() if self.compiled else _solve
         return solve(self, update, weight, shape)
 
     def step(

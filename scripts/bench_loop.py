@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -130,6 +130,7 @@ class Watched:
         self.trainer = trainer
         self.timeline = Timeline(parallel.device)
         self.micros: list[tuple[Tensor, ...]] = []
+        self._loss = parallel.loss
         loss = self.timeline.timed(parallel.loss, "forward")
 
         def kept(*batch: Tensor) -> Tensor:
@@ -158,11 +159,8 @@ class Watched:
 
     def gradients(self) -> None:
         """Forward and backward, by the compiled model if any, on the tokens of the last step."""
-        run = self.trainer.run
         for batch in self.micros:
-            with _autocast(run.parallel):
-                loss = run.parallel.module(*batch)
-            (loss / len(self.micros)).backward()
+            (self._loss(*batch) / len(self.micros)).backward()
 
     def plain(self) -> None:
         """The last step's work in a plain loop."""
@@ -184,12 +182,6 @@ class Watched:
                 step, plain = seconds(self.step, device), seconds(self.plain, device)
             ratios.append(step / plain)
         return median(ratios) - 1.0
-
-
-def _autocast(parallel: Any) -> AbstractContextManager[Any]:
-    if parallel.sharded or parallel.dtype is torch.float32:
-        return nullcontext()
-    return torch.autocast(parallel.device.type, parallel.dtype)
 
 
 def seconds(call: Callable[[], None], device: torch.device) -> float:

@@ -58,15 +58,16 @@ def cpu() -> dict[str, Any]:
     """Cores, hardware threads, and whether bf16 products have instructions (else: emulated)."""
     import torch
 
+    from geon.engine.metrics import bf16_instructions, cpu_flags
+
     known = getattr(os, "sched_getaffinity", None)
-    flags: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = [bool(value) for name, value in flags.items() if "bf16" in name]
+    flags = cpu_flags()
     return {
         "cores": flags.get("num_physical_cores"),
         "threads": os.cpu_count(),
         "usable_threads": len(known(0)) if known else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "bf16": any(native) if native else None,
+        "bf16": bf16_instructions() if any("bf16" in name for name in flags) else None,
     }
 
 
