@@ -8,7 +8,7 @@ from geon.optim.costs import Cost
 from geon.optim.linalg import gaussian, multiply_add, orient, orient_like, unit_frobenius
 from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.manifolds.sphere import refuse_zero_vectors
-from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE, Stiefel, cubic_step
+from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE, Stiefel
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DGram(Manifold):
         lengths = torch.linalg.vector_norm(w, dim=-2, keepdim=True)
         u = w / lengths.clamp_min(torch.finfo(w.dtype).tiny)
         for _ in range(2 if angle > TWO_STEPS_ABOVE else 1):
-            u = cubic_step(u)
+            u = multiply_add(1.5, u, -0.5, u, u.mT @ u)
         return orient_like(u * lengths, weight)
 
     def residual(self, weight: Tensor) -> Tensor:
