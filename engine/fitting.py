@@ -87,7 +87,8 @@ def choose(
     found = _first(sizes, lambda micro: predicted(micro, chunks), room)
     if found.peak > room and not config.parallel.loss_chunks:
         pieces = [2**n for n in range(1, 20) if 2**n <= context]
-        found = _first(pieces, lambda count: predicted(1, count), room) if pieces else found
+        cut = _first(pieces, lambda count: predicted(1, count), room) if pieces else found
+        found = min(found, cut, key=_size)  # uncut where cutting gains nothing
     return found
 
 
@@ -129,4 +130,9 @@ def _first(values: list[int], prediction: Callable[[int], Prediction], room: flo
         tried.append(prediction(value))
         if tried[-1].peak <= room:
             return tried[-1]
-    return min(tried, key=lambda one: one.peak)
+    return min(tried, key=_size)
+
+
+def _size(found: Prediction) -> tuple[int, int, int]:
+    """What the smallest prediction has least of; the optimizer's step does not see the batch."""
+    return found.peak, found.micro_batch, found.loss_chunks

@@ -1,9 +1,10 @@
 """Bytes that a run will hold on a rank, known before anything is allocated.
 
 A step passes through phases, and what is held in each is listed by part; the peak is the largest
-phase, not the sum of all parts. Weights, gradients and optimizer state are exact. Activations are
-what autograd saves (tests/engine/test_memory.py counts it); what comes and goes inside of an
-operator is estimated. torch keeps freed memory: a device's own figure may lie a little above.
+phase, not the sum of all parts. Weights, gradients and optimizer state are exact, except that
+a baseline's state is reckoned as two averages. Activations are what autograd saves
+(tests/engine/test_memory.py counts it); what comes and goes inside of an operator is estimated.
+torch keeps freed memory: a device's own figure may lie a little above.
 """
 
 from dataclasses import dataclass
@@ -14,23 +15,18 @@ import torch
 from geon.configs.schema import Config, Layouts
 from geon.engine.build import MOMENTA
 from geon.engine.parallel import Parallel, mesh_shape, planned_layouts
+from geon.engine.scratch import FP32, scratch_bytes
 from geon.launch.env import Env
 from geon.models import LanguageModel
 from geon.models.layers import composes
 from geon.models.loss import block_rows
-from geon.optim import Rule
 from geon.optim.routing import Routing
 from geon.optim.shard import Plan, holding
 from geon.optim.state import new_state
 
-FP32 = 4
 PHASES = ("loss", "head", "last block", "first block", "step", "evaluation")
 """End of the forward pass; backward through the head, the last and the first block; the optimizer's
 step; an evaluation, which has a batch of its own (eval.batch)."""
-
-_SOLVER_COPIES = {1: 6, 2: 10}
-"""fp32 copies of a batch of matrices while its rule solves it, by operands (update; and weight).
-Counted on a CPU: Muon and Scion 6.0 (4.6 in bf16), Manifold Muon 10.0, the hybrid 8.2."""
 
 _REDUCE_BUCKET = 2 * 10**7
 """Entries of DeepSpeed's buckets; see engine/backends.py."""
@@ -187,9 +183,9 @@ def predict(
     copies = copied_bytes(model, size, case.compiled, case.checkpointed) * case.alone // tensor
     again = block if case.checkpointed else 0
     work, found, head = _backward(case, tokens)
-    # FSDP2 reduces a unit from a whole fp32 copy, while its gradient is there in bf16.
-    reduce_unit = unit * (size + FP32) if sharded else 0
-    reduce_root = root * (size + FP32) if sharded else 0
+    # FSDP2 reduces a unit from a whole fp32 copy, while the next block's gradients are made.
+    spared = tokens * model.shape.d_model * size if case.checkpointed else block
+    reducing = unit * size + max(0, unit * FP32 - spared) if sharded else 0
     training = {**kept, "gathered weights": gathered}
     logits, buffers = _loss(case, tokens, chunks, True)
     tail = {"activations": blocks + outer, "weight copies": copies}
@@ -202,19 +198,23 @@ def predict(
     tied = any(info.role.value == "tied" for info in model.infos)
     # A tied weight's, or a later micro-batch's, gradient exists beside the one that it is added to.
     added = model.shape.vocab_size * model.shape.d_model * FP32 * (tied or accumulation > 1)
-    steps = _step(config, routing, plan, model, world, kind)
+    added *= not sharded
+    steps = scratch_bytes(config, routing, plan, model, world, kind)
     eval_tokens = config.eval.batch * context
     eval_logits, eval_buffers = _loss(case, eval_tokens, chunks, False)
+    first = {
+        **training,
+        "gradients": held["gradients"],
+        "activations": block + outer - freed,
+        "buffers": work + added,
+    }
+    if sharded:
+        first = _first_block(case, root, unit, accumulation, first, kept)
     phases = (
         {**training, "gradients": earlier, **tail, "logits": logits, "buffers": buffers},
         {**training, "gradients": earlier, **tail, "buffers": head},
-        {**training, "gradients": max(earlier, found), **last, "buffers": work + reduce_unit},
-        {
-            **training,
-            "gradients": held["gradients"] + (earlier if sharded else 0),
-            "activations": block + outer - freed,
-            "buffers": work + added + reduce_root,
-        },
+        {**training, "gradients": max(earlier, found), **last, "buffers": work + reducing},
+        first,
         {**kept, "gradients": held["gradients"], "buffers": steps},
         {
             **kept,
@@ -228,10 +228,43 @@ def predict(
     return Prediction(dict(zip(PHASES, phases, strict=True)), micro, accumulation, chunks)
 
 
+def _first_block(
+    case: _Case,
+    root: int,
+    unit: int,
+    accumulation: int,
+    whole: dict[str, int],
+    kept: dict[str, int],
+) -> dict[str, int]:
+    """FSDP2's end of the backward pass: in the first block, or where the root is reduced after it.
+
+    whole: the phase as it would be without sharding. kept: what every phase holds.
+    """
+    # Without a reduction gradients are whole, in the dtype that they are reduced in; the other
+    # units' are reduced by now.
+    wide = FP32 if accumulation > 1 else case.size
+    inside = {
+        **whole,
+        "gathered weights": (root + unit) * case.size,
+        "gradients": whole["gradients"] + (root + unit) * wide,
+        "buffers": whole["buffers"] + unit * FP32,
+    }
+    # The gathered root is gone. Of its gradients the embedding's stays until the end; gloo makes
+    # a copy of what it reduces.
+    embedding = case.model.shape.vocab_size * case.model.shape.d_model
+    staged = root * FP32 * (case.kind == "cpu") + embedding * wide
+    after = {
+        **kept,
+        "gradients": whole["gradients"],
+        "buffers": root * FP32 + max(root * wide, staged),
+    }
+    return max(inside, after, key=lambda parts: sum(parts.values()))
+
+
 def _held(
     config: Config, model: LanguageModel, routing: Routing, world: int, size: int
 ) -> dict[str, int]:
-    """Weights, gradients and optimizer state of the rank that holds most of them: exact.
+    """Weights, gradients and optimizer state of the rank that holds most of them.
 
     Entries by rank are those of the planned layouts, states those that the rules make.
     """
@@ -246,7 +279,7 @@ def _held(
             if count not in made:
                 like = torch.empty(count, device="meta")
                 state = new_state(rule, info, per_head, like, momentum)
-                # Other packages make theirs as they step: two averages, as most have.
+                # Other packages make theirs as they step: two averages. SOAP, Shampoo hold more.
                 made[count] = sum(t.nbytes for t in state.values()) if state else 2 * like.nbytes
             entries[rank] += count
             states[rank] += made[count]
@@ -323,8 +356,8 @@ def _loss(case: _Case, tokens: int, chunks: int, gradients: bool) -> tuple[int, 
     width, matrix = s.vocab_size, s.vocab_size * s.d_model
     capped = s.softcap > 0
     if case.gathers_logits:
-        # All at once: fp32 logits, log-probabilities and their gradient; two more with a softcap.
-        return tokens * width * (case.size + FP32 * ((3 if gradients else 2) + 2 * capped)), 0
+        # All at once in fp32: logits, log-probabilities, their gradient; with a softcap one more.
+        return tokens * width * FP32 * ((3 if gradients else 2) + capped), 0
     rows = -(-tokens // chunks)
     logits = rows * width * case.size
     blocks = 0
@@ -359,32 +392,3 @@ def _units(model: LanguageModel, tensor: int) -> tuple[int, int]:
     """Parameters of FSDP2's root, and of its largest unit."""
     units = [sum(p.numel() for p in unit.parameters()) for unit in model.shard_units()]
     return (model.parameter_count() - sum(units)) // tensor, max(units) // tensor
-
-
-def _step(
-    config: Config, routing: Routing, plan: Plan, model: LanguageModel, world: int, kind: str
-) -> int:
-    """Bytes that the optimizer's step needs at a time; see HybridOptimizer.step."""
-    layouts = planned_layouts(model, config.parallel, world)
-    updates, largest = 0, 0
-    half = MOMENTA[config.optim.momentum_dtype] != "float32"
-    for info in model.infos:
-        rule, words = routing.rule(info), max(holding(layouts[info.name]).words)
-        if isinstance(rule, Rule):
-            # Averaged gradients are tensors of their own under Nesterov's rule, and beside bf16
-            # momenta, which are widened.
-            updates += words * FP32 * (rule.nesterov + half)
-        else:
-            largest = max(largest, words * FP32)
-    batches: dict[Any, int] = {}
-    for index, bucket in enumerate(plan.buckets):
-        for job in bucket.jobs:
-            matrix = job.matrix
-            owned = job.transport.owned
-            words = matrix.shape[0] * matrix.shape[1] if owned else max(matrix.holding.words)
-            key = index, matrix.kind, job.owner if owned else None
-            size = words * FP32 * _SOLVER_COPIES[matrix.operands]
-            batches[key] = batches.get(key, 0) + size
-    # AdamW's kernel for a CPU has temporaries of one parameter; the fused one of a GPU has none.
-    entries = 3 * largest if kind == "cpu" else 0
-    return updates + max(plan.peak_buffer + max(batches.values(), default=0), entries)

@@ -4,6 +4,7 @@ import weakref
 from contextlib import contextmanager
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,25 +32,47 @@ class Live(TorchDispatchMode):
 
     def __init__(self, *tensors):
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.storages, self.peak = {}, 0
         self.see(tensors)
 
     def see(self, tensors):
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            storage = tensor.untyped_storage()
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
             key = storage._cdata
-            if key not in self.sizes:
-                self.sizes[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.drop, key)
+            if key not in self.storages:
+                self.storages[key] = weakref.ref(storage)
+                weakref.finalize(storage, self.storages.pop, key, None)
+        self.peak = max(self.peak, self.now)
 
-    def drop(self, key):
-        self.now -= self.sizes.pop(key)
+    @property
+    def now(self):
+        """Bytes; FSDP2 empties and fills storages that live on."""
+        living = (one() for one in list(self.storages.values()))
+        return sum(one.nbytes() for one in living if one is not None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again, as what it does on this rank
         found = function(*args, **(kwargs or {}))
-        self.see(found)
+        self.see((args, found))
         return found
+
+
+def step_peaks(trainer):
+    """Peaks of the second step: before the optimizer's part of it, and in that."""
+    run, peaks = trainer.run, []
+    trainer.train_step()
+    live = Live(*run.model.parameters(), *run.optimizer.state_tensors().values())
+    update = run.parallel.update
+
+    def step(optimizer):
+        peaks.append(live.peak)
+        live.peak = live.now
+        update(optimizer)
+
+    run.parallel.update = step
+    with live:
+        trainer.train_step()
+    return [*peaks, live.peak]

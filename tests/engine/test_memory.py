@@ -13,9 +13,10 @@ from geon.engine.trainer import Trainer
 from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.env import Env
+from geon.launch.local import ROOT
 from geon.models import MODELS
-from tests.distributed.jobs import TINY
-from tests.engine.memory_counts import Live, saved_bytes
+from tests.distributed.jobs import TINY, by_rank
+from tests.engine.memory_counts import saved_bytes, step_peaks
 
 SMALL = [
     *TINY,
@@ -26,6 +27,10 @@ SMALL = [
     "parallel=single",
     "parallel.compile=false",
 ]
+
+
+STEPS = ["model.d_model=256", "data.batch_tokens=512"]
+"""Sizes of which the optimizer's step takes most memory."""
 
 
 def job(*options, device="cpu"):
@@ -75,33 +80,40 @@ def test_what_autograd_saves_is_what_was_predicted(arch, precision, again, more)
         ["model=gpt", "optim=manifold_muon", "data.micro_batch=1", "model.gains=true"],
         ["model=gpt2", "optim=muon", "parallel.activation_checkpointing=true"],
         ["model=gpt", "optim=muon", "model.softcap=15", "parallel.loss_chunks=8"],
+        ["optim=muonh", *STEPS],
+        ["optim=spectral_sphere", *STEPS],
+        ["optim=hyperspherical", *STEPS],
+        ["optim=signsgd", *STEPS],
     ],
 )
 def test_the_peak_of_a_step_is_the_predicted_one(options):
     """Every storage that lives is counted, as a GPU's allocator would; phases are told apart."""
     trainer, found = job(*options)
-    run, peaks = trainer.run, []
-    trainer.train_step()
-    live = Live(*run.model.parameters(), *run.optimizer.state_tensors().values())
-    update = run.parallel.update
-
-    def step(optimizer):
-        peaks.append(live.peak)
-        live.peak = live.now
-        update(optimizer)
-
-    run.parallel.update = step
-    with live:
-        trainer.train_step()
+    run = trainer.run
+    peaks = step_peaks(trainer)
     totals = found.totals
     training = max(totals[phase] for phase in memory.PHASES[:4])
     assert peaks[0] == pytest.approx(training, rel=0.1)
-    assert live.peak == pytest.approx(totals["step"], rel=0.15)
-    assert max(*peaks, live.peak) == pytest.approx(found.peak, rel=0.1)
+    assert peaks[1] == pytest.approx(totals["step"], rel=0.15)
+    assert max(peaks) == pytest.approx(found.peak, rel=0.1)
     held = found.phases["step"]
     weights = sum(p.nbytes for p in run.model.parameters())
     assert held["weights"] == held["gradients"] == weights
     assert held["optimizer state"] == run.optimizer.state_bytes()
+
+
+@pytest.mark.dist
+def test_the_peak_of_a_step_on_two_ranks_is_the_predicted_one():
+    """Counted on both ranks, the busiest taken; FSDP2 reduces its root last, TP gathers logits."""
+    program = ROOT / "tests" / "engine" / "peak_job.py"
+    found = by_rank(2, program, [], timeout=120)
+    for case, *peaks in zip(*found, strict=True):
+        name, training, step = case["options"], case["training"], case["step"]
+        counted = [
+            max(way) for way in zip(*(one["counted"] for one in (case, *peaks)), strict=True)
+        ]
+        assert counted[0] == pytest.approx(training, rel=0.1), name
+        assert counted[1] == pytest.approx(step, rel=0.1), name
 
 
 def predicted(world, *options, kind="cuda", room=1e18):
@@ -187,6 +199,12 @@ def test_more_loss_chunks_come_before_a_refusal():
     assert words.startswith("one sequence of model.context 256 needs 0.0")
     order = [words.index(key) for key in ("activation_checkpointing", "loss_chunks", "=fsdp")]
     assert order == sorted(order)
+
+
+def test_logits_are_not_cut_where_the_optimizer_s_step_takes_most():
+    found, config = predicted(1, "optim=muon", *STEPS, room=1)
+    assert (found.micro_batch, found.loss_chunks) == (1, 1)
+    assert fitting.refusal(found, config, 1) is not None
 
 
 def test_ranks_take_what_the_smallest_has_room_for():
