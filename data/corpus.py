@@ -1,12 +1,13 @@
 """Text as tokens: the standard library's own source, or any UTF-8 file or folder."""
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,12 +28,20 @@ _SKIPPED = {
 }
 
 
+class Segment(Protocol):
+    """Tokens that are read by slices: an array, or an open file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: slice, /) -> np.ndarray: ...
+
+
 @dataclass
 class Split:
-    """A run of tokens held in memory or mapped from disk, in one or more segments."""
+    """A run of tokens held in memory or read from disk, in one or more segments."""
 
     name: str
-    segments: Sequence[np.ndarray]
+    segments: Sequence[Segment]
     starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,20 +97,32 @@ def stdlib_corpus(val_percent: float) -> Corpus:
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in sorted(root.rglob("*.py")) if not _SKIPPED & set(p.relative_to(root).parts)]
-    texts = {str(p.relative_to(root)): p.read_bytes() for p in files}
+    texts = {str(p.relative_to(root)): _read_bytes(p) for p in files}
     corpus = _corpus(*join_split(texts, val_percent), "Python standard library", ByteCodec())
     corpus.facts |= {"files": len(files), "python": platform.python_version()}
     return corpus
 
 
-def text_corpus(path: str, val_percent: float, bpe_vocab: int = 0) -> Corpus:
+def text_corpus(
+    path: str, val_percent: float, bpe_vocab: int = 0, codec: Codec | None = None
+) -> Corpus:
     """Any UTF-8 file or folder, as bytes, or by a BPE trained on its training part.
 
     A single file is cut: its last val_percent is validation.
 
+    codec: what the ids of a checkpoint mean; None takes bytes, or trains a BPE.
+
     Raises:
-        UsageError: nothing at the path, not UTF-8, too little text, or no `tokenizers` for BPE.
+        UsageError: nothing at the path, not to be read, not UTF-8, too little text, no
+            `tokenizers` for BPE, or a codec of another kind than bpe_vocab says.
     """
+    if codec is not None and isinstance(codec, ByteCodec) is not (bpe_vocab == 0):
+        made = "bytes" if isinstance(codec, ByteCodec) else f"a BPE of {codec.vocab_size} ids"
+        raise UsageError(
+            f"data.bpe_vocab {bpe_vocab}, but the checkpoint reads its text by {made}: set "
+            f"data.bpe_vocab={0 if made == 'bytes' else codec.vocab_size}, or "
+            "checkpoint.resume=never"
+        )
     texts = _read_texts(path)
     if len(texts) == 1:
         (text,) = texts.values()
@@ -114,7 +135,7 @@ def text_corpus(path: str, val_percent: float, bpe_vocab: int = 0) -> Corpus:
                 f"data.path '{path}' leaves {len(part)} bytes of {what} text with "
                 f"data.val_percent {val_percent}: give more text or another percentage"
             )
-    corpus = _corpus(*parts, path, _make_codec(parts[0], bpe_vocab))
+    corpus = _corpus(*parts, path, codec or _make_codec(parts[0], bpe_vocab))
     corpus.facts["files"] = len(texts)
     return corpus
 
@@ -141,19 +162,53 @@ def _cut_at_character(text: bytes, at: int) -> tuple[bytes, bytes]:
     return text[:at], text[at:]
 
 
+def _files_below(root: Path) -> list[Path]:
+    """Files below a folder in the order of their names, but for hidden folders.
+
+    Raises:
+        OSError: a folder that may not be listed, which `rglob` would leave out.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    for folder, below, names in os.walk(root, onerror=refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        found += [path for name in names if (path := Path(folder, name)).is_file()]
+    return sorted(found)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(error, path) from None
+
+
+def _unreadable(error: OSError, path: Path) -> UsageError:
+    return UsageError(
+        f"'{error.filename or path}' cannot be read: {error.strerror} (data.path): make it "
+        "readable, or choose other text"
+    )
+
+
 def _read_texts(path: str) -> dict[str, bytes]:
     if not path:
         raise UsageError("data.path is not set: data=text needs data.path=FILE_OR_FOLDER")
     root = Path(path).expanduser()
-    if not root.exists():
-        raise UsageError(f"data.path '{path}' does not exist (looked in {Path.cwd()})")
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    try:
+        if not root.exists():
+            raise UsageError(f"data.path '{path}' does not exist (looked in {Path.cwd()})")
+        files = [root] if root.is_file() else _files_below(root)
+    except OSError as error:
+        raise _unreadable(error, root) from None
     texts: dict[str, bytes] = {}
     for file in files:
         relative = file.relative_to(root)
         if any(part.startswith(".") for part in relative.parts):
             continue
-        raw = file.read_bytes()
+        raw = _read_bytes(file)
         try:
             raw.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -20,7 +20,15 @@ from geon.configs.schema import (
     Precision,
     Source,
 )
-from geon.data import Batches, Corpus, open_bins, stdlib_corpus, synthetic_corpus, text_corpus
+from geon.data import (
+    Batches,
+    Corpus,
+    load_codec,
+    open_bins,
+    stdlib_corpus,
+    synthetic_corpus,
+    text_corpus,
+)
 from geon.engine.devices import arithmetic
 from geon.engine.parallel import Parallel, mesh_shape
 from geon.engine.sharding import make_sharding
@@ -47,8 +55,11 @@ MOMENTA = {MomentumDtype.fp32: "float32", MomentumDtype.bf16: "bfloat16"}
 """Names of torch's dtypes for the momentum."""
 
 
-def make_corpus(config: DataConfig, seed: int) -> Corpus:
+def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corpus:
     """Open the token source.
+
+    codec: serialised tokenizer of the checkpoint that a run goes on from: data=text uses it
+        rather than training one anew. The other sources have only one each, or none.
 
     Raises:
         UsageError: missing or bad data.
@@ -56,7 +67,8 @@ def make_corpus(config: DataConfig, seed: int) -> Corpus:
     if config.source is Source.stdlib:
         corpus = stdlib_corpus(config.val_percent)
     elif config.source is Source.text:
-        corpus = text_corpus(config.path, config.val_percent, config.bpe_vocab)
+        known = load_codec(codec) if codec else None
+        corpus = text_corpus(config.path, config.val_percent, config.bpe_vocab, known)
     elif config.source is Source.bins:
         corpus = open_bins(config.train, config.val, config.vocab_size)
     else:

@@ -15,6 +15,7 @@ from geon.engine import checkpoint
 from geon.engine.build import fingerprint
 from geon.engine.evaluate import Evaluation, evaluate
 from geon.engine.exhaustion import explained
+from geon.engine.loggers import say
 from geon.engine.metrics import peak_flops
 from geon.engine.trainer import Callback, Trainer
 from geon.optim import Role, Rule, block_scale
@@ -100,7 +101,7 @@ class Progress(Callback):
             f"{max(left, 0):.0f} s left"
         )
         if self._bar.disable:
-            print(f"step {trainer.step}: {text}", flush=True)
+            say(f"step {trainer.step}: {text}")
         else:
             self._bar.set_postfix_str(text)
 

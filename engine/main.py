@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from omegaconf import OmegaConf
 
@@ -175,7 +176,9 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
     facts = planning.plan_facts(run.model, run.routing, run.optimizer.plan, run.predicted)
     write_json(folder / runfolder.PLAN, facts)
     try:
-        trainer.loggers = open_loggers(folder, run.config.logger, run.config.name, settings)
+        trainer.loggers = open_loggers(
+            folder, run.config.logger, run.config.name, settings, uuid4().hex[:12], trainer.step
+        )
     except Exception:
         if not continued:
             shutil.rmtree(folder)  # nothing has run: leave no half-made folder

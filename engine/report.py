@@ -9,6 +9,7 @@ import torch
 
 from geon.engine.callbacks import Evaluator, write_json
 from geon.engine.evaluate import val_text, val_windows
+from geon.engine.loggers import reason, say, warn
 from geon.engine.metrics import hardware, yardsticks
 from geon.engine.runfolder import REPORT, read_metrics
 from geon.engine.sample import sample
@@ -30,11 +31,17 @@ class Report(Callback):
             return
         facts = self._facts(trainer)
         write_json(trainer.folder / REPORT, facts)
-        draw(trainer.folder, facts)
+        try:
+            draw(trainer.folder, facts)
+        except Exception as error:  # matplotlib is missing or broken, or the disk is full
+            warn(
+                f"no pictures were drawn ({reason(error)}): draw them by "
+                f"`python -m geon.scripts.plot {trainer.folder}`"
+            )
         if text is not None:
             (trainer.folder / "sample.txt").write_text(text)
-            print(f"\n--- sample ---\n{text}\n--------------")
-        print(f"\n{table(facts)}")
+            say(f"\n--- sample ---\n{text}\n--------------")
+        say(f"\n{table(facts)}")
 
     def _sample(self, trainer: Trainer) -> str | None:
         run, config = trainer.run, trainer.run.config.eval

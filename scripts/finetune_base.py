@@ -45,7 +45,7 @@ def texts() -> dict[str, Split]:
 
     code = stdlib_corpus(CODE_PERCENT)
     leak = SEPARATOR + Path(topics.__file__).read_bytes()
-    parts = [one.segments[0].tobytes().replace(leak, b"") for one in (code.train, code.val)]
+    parts = [one.segments[0][:].tobytes().replace(leak, b"") for one in (code.train, code.val)]
     train, val = join_split({k: v.encode() for k, v in topics.topics.items()}, TOPICS_PERCENT)
     known = {part.strip() for part in train.replace(SEPARATOR, b"\n\n").split(b"\n\n")}
     new = [

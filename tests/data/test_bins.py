@@ -20,7 +20,10 @@ def shard_bytes(ids, magic=20240520, version=1, count=None):
 
 
 def open_one(path, vocab=VOCAB):
-    return open_bins(str(path), str(path), vocab).train
+    with tempfile.NamedTemporaryFile() as other:
+        other.write(shard_bytes([0, 0]))
+        other.flush()
+        return open_bins(str(path), other.name, vocab).train
 
 
 @given(ids=st.lists(st.integers(0, 65_535), max_size=300))
@@ -105,7 +108,8 @@ GOOD = shard_bytes([1, 2, 3])
 def test_bad_shards_are_refused_by_file_and_key(tmp_path, content, said, split):
     (tmp_path / "bad.bin").write_bytes(content)
     (tmp_path / "good.bin").write_bytes(GOOD)
-    globs = {"train": f"{tmp_path}/good.bin", "val": f"{tmp_path}/good.bin"}
+    (tmp_path / "other").write_bytes(GOOD)
+    globs = {"train": f"{tmp_path}/other", "val": f"{tmp_path}/other"}
     globs[split] = f"{tmp_path}/*.bin"
     with pytest.raises(UsageError) as caught:
         open_bins(**globs, vocab_size=VOCAB)

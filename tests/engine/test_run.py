@@ -213,9 +213,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, options, words):
 def test_bad_data_on_two_ranks_ends_both(tmp_path):
     shard = tmp_path / "train.bin"
     shard.write_bytes(b"\x00" * 2000)
-    done = train(
-        tmp_path, "bad", 2, "data=bins", f"data.train={shard}", f"data.val={shard}", ok=False
-    )
+    (tmp_path / "val.bin").write_bytes(b"\x00" * 2000)
+    files = [f"data.train={shard}", f"data.val={tmp_path / 'val.bin'}"]
+    done = train(tmp_path, "bad", 2, "data=bins", *files, ok=False)
     assert done.returncode != 0
     assert "starts with 0, not the magic 20240520" in done.stderr
     assert not (tmp_path / "bad").exists()
