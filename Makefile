@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu lint types format bench-solver bench-step bench-drift
 .PHONY: bench-sharding bench-train bench-gpu profile coord-check transfer leaderboard batch-sweep
-.PHONY: finetune clean
+.PHONY: finetune chaos clean
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -14,6 +14,8 @@ GPU_RUN := model/size=124m model.n_head=6 model.softcap=15 parallel=single devic
 MICRO ?= 16
 TRACK3 ?=
 DION ?=
+# What asks a run to save and stop: torchrun passes it on.
+SIGNALS := --signals-to-handle=SIGTERM,SIGINT,SIGUSR1
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,7 +38,7 @@ setup: .venv/dev ## create .venv with everything that tests and lint need
 	@touch $@
 
 demo: .venv/run ## train a byte-level GPT on real text, about 3 minutes on 2 cores
-	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) train.py experiment=first_run $(DEMO)
+	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) $(SIGNALS) train.py experiment=first_run $(DEMO)
 
 test: .venv/dev ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
@@ -105,6 +107,9 @@ batch-sweep: .venv/run ## the same tokens in batches of several sizes, resumable
 
 finetune: .venv/dev ## a pretrained Llama fine-tuned by each recipe, 41 minutes of one core, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.finetune --json docs/results/finetune.json $(BENCH)
+
+chaos: .venv/run ## kill ranks of a real run at random, and hold it against one that nobody killed
+	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.chaos $(BENCH)
 
 clean: ## remove caches, keep .venv and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typing build dist *.egg-info

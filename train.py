@@ -7,6 +7,16 @@ import hashlib
 import re
 import sys
 
+from geon.launch import signals
+from geon.launch.leave import BAD_INPUT, guard, leave
+
+if __name__ == "__main__":  # before the imports below, which take a second and more
+    signals.die_with_parent()
+    if signals.refused_before():
+        leave(BAD_INPUT)
+    signals.listen()
+
+# ruff: noqa: E402
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -15,7 +25,6 @@ from omegaconf import DictConfig
 from geon.configs.check import check_overrides, resolve
 from geon.configs.schema import register
 from geon.launch.env import read_env
-from geon.launch.leave import guard, leave
 
 
 def job_name(name: str, overrides: str) -> str:
@@ -35,9 +44,10 @@ def main(composed: DictConfig) -> None:
         job = HydraConfig.get()
         if job.mode is RunMode.MULTIRUN:
             config.name = job_name(config.name, job.job.override_dirname)
+        env = read_env()
         from geon.engine.main import execute
 
-        execute(config, read_env())
+        execute(config, env)
 
     if status := guard(run):
         leave(status)

@@ -17,6 +17,7 @@ from geon.engine.evaluate import Evaluation, evaluate
 from geon.engine.exhaustion import explained
 from geon.engine.loggers import say
 from geon.engine.metrics import peak_flops
+from geon.engine.preemption import Preemption
 from geon.engine.trainer import Callback, Trainer
 from geon.optim import Role, Rule, block_scale
 
@@ -134,8 +135,10 @@ class Compilation(Callback):
 class Evaluator(Callback):
     """Logs the validation loss every few steps and at the end."""
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, preemption: Preemption | None = None) -> None:
+        """preemption: asked between batches; it ends the run in the midst of an evaluation."""
         self.every = every
+        self.preemption = preemption
         self.last: Evaluation | None = None
 
     def on_step(self, trainer: Trainer) -> None:
@@ -149,7 +152,7 @@ class Evaluator(Callback):
 
     def evaluate(self, trainer: Trainer) -> None:
         """Run and log one evaluation."""
-        run = trainer.run
+        run, ask = trainer.run, self.preemption
         trainer.memory.pause()
         with explained(run.config, run.predicted, run.parallel.env.rank, "evaluation"):
             self.last = evaluate(
@@ -158,7 +161,11 @@ class Evaluator(Callback):
                 run.config.model.context,
                 run.config.data.val_tokens,
                 run.config.eval.batch,
+                None if ask is None else lambda: ask.asked(trainer),
             )
+        if self.last is None and ask is not None:
+            ask.leave(trainer)
+        assert self.last is not None
         record = {"tokens": trainer.tokens, "elapsed": trainer.elapsed}
         record["peak_memory_bytes"] = trainer.memory.set_aside()
         trainer.log("eval", record | self.last.to_dict())
@@ -186,6 +193,9 @@ class Checkpointer(Callback):
         """Save a checkpoint of the last step."""
         if self._saved != trainer.step:
             self.save(trainer)
+
+    def wait(self) -> None:
+        """Wait until what was handed over is committed: nothing is handed over here."""
 
     def save(self, trainer: Trainer) -> None:
         """Write one checkpoint."""

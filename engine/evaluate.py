@@ -1,5 +1,6 @@
 """Validation loss in nats per token and per byte, on every rank's share of the text."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,6 +10,9 @@ from geon.data import Corpus
 from geon.engine.parallel import Parallel
 from geon.errors import UsageError
 from geon.models import IGNORED
+
+ASK_EVERY = 4
+"""Batches of a rank between two questions whether to stop."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,20 @@ def val_text(corpus: Corpus, context: int, windows: int) -> bytes:
 
 @torch.no_grad()
 def evaluate(
-    parallel: Parallel, corpus: Corpus, context: int, val_tokens: int, batch: int
-) -> Evaluation:
+    parallel: Parallel,
+    corpus: Corpus,
+    context: int,
+    val_tokens: int,
+    batch: int,
+    stop: Callable[[], bool] | None = None,
+) -> Evaluation | None:
     """Evaluate windows of `context` tokens that do not overlap. Every rank must call this.
 
     Batches go to ranks in turn; a rank that has none left repeats the first with weight zero,
     because sharded ranks must run the same number of forward passes. All batches have one shape, so
     that a compiled model is compiled once: the last is filled up with a window that is not counted.
+
+    stop: asked now and then, on every rank alike, whether to leave it; then there is no result.
     """
     windows = val_windows(corpus, context, val_tokens)
     batch = min(batch, windows)
@@ -70,6 +81,9 @@ def evaluate(
     rank, world = parallel.env.rank // tensor, parallel.env.world // tensor
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     for turn in range(-(-len(batches) // world)):
+        if stop is not None and turn % ASK_EVERY == ASK_EVERY - 1 and stop():
+            parallel.reshard()
+            return None
         mine = turn * world + rank
         chosen = batches[mine] if mine < len(batches) else batches[0]
         filled = [*chosen, *[chosen[0]] * (batch - len(chosen))]

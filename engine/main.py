@@ -28,8 +28,10 @@ from geon.engine.exhaustion import explained
 from geon.engine.geometry import Geometry, RecordPairs
 from geon.engine.loggers import check_loggers, open_loggers
 from geon.engine.parallel import Parallel, check_layout, start
+from geon.engine.preemption import Preemption
 from geon.engine.report import Report
 from geon.engine.trainer import Callback, Trainer
+from geon.engine.watch import Watch
 from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.optim import Baseline
@@ -58,9 +60,9 @@ def train(config: Config, env: Env) -> None:
     if env.main:
         _prepare_folder(trainer, resume)
     parallel.barrier()
-    with explained(config, trainer.run.predicted, env.rank):
+    with Watch(trainer), explained(config, trainer.run.predicted, env.rank):
         trainer.fit()
-    parallel.barrier()
+        parallel.barrier()
 
 
 def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Trainer, Path | None]:
@@ -106,12 +108,15 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
 
 
 def _callbacks(config: Config) -> list[Callback]:
-    evaluator = Evaluator(config.eval.every)
+    checkpointer = Checkpointer(config.checkpoint.every, config.checkpoint.keep)
+    preemption = Preemption(checkpointer)
+    evaluator = Evaluator(config.eval.every, preemption)
     callbacks: list[Callback] = [
         Progress(config.logger.every, config.logger.progress),
         evaluator,
-        Checkpointer(config.checkpoint.every, config.checkpoint.keep),
+        checkpointer,
         Report(evaluator),
+        preemption,
         Compilation(),
     ]
     if config.logger.spectrum_every:

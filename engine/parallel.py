@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from geon.configs.schema import Layouts, ModelConfig, ParallelConfig
 from geon.engine.devices import arithmetic, pick_device, share_gpus
+from geon.engine.rendezvous import join
 from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.models import LanguageModel
@@ -161,7 +161,18 @@ class Parallel:
     """A framework that runs model and gradients (engine/backends.py)."""
     loss_chunks: int = 0
     """Chosen pieces of the logits (engine/fitting.py); 0 takes the config's."""
+    store: dist.Store | None = None
+    """Where the ranks of this attempt leave word for each other; None in one process."""
+    phase: str = "start"
+    """What this rank is doing, for engine/watch.py: forward, backward, update, or a callback."""
+    entries: int = 0
+    """How often a phase was entered: it grows as long as a run moves."""
     _module: nn.Module | None = field(default=None, repr=False)
+
+    def enter(self, phase: str) -> None:
+        """Note what this rank does from here on."""
+        self.phase = phase
+        self.entries += 1
 
     @property
     def compiles(self) -> bool:
@@ -258,6 +269,7 @@ class Parallel:
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of this rank's micro-batch."""
+        self.enter("forward")
         if self.backend is not None:
             return self.backend.engine(tokens, targets)
         assert self._module is not None
@@ -289,6 +301,7 @@ class Parallel:
 
     def backward(self, loss: Tensor, micros: int, last: bool) -> None:
         """Add the gradients of one of `micros` micro-batches."""
+        self.enter("backward")
         if self.backend is not None:
             self.backend.backward(loss, last)
         else:
@@ -296,6 +309,7 @@ class Parallel:
 
     def update(self, optimizer: HybridOptimizer) -> None:
         """Step the optimizer, and clear the gradients."""
+        self.enter("update")
         if self.backend is not None:
             self.backend.step()
             return
@@ -356,9 +370,7 @@ def start(config: ParallelConfig, device: str, env: Env) -> Parallel:
         return Parallel(config, env, place)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=config.timeout_seconds),
-    )
+    store = join("nccl" if place.type == "cuda" else "gloo", config.timeout_seconds)
     shape, names = tuple(sizes.values()), tuple(sizes)
-    return Parallel(config, env, place, init_device_mesh(place.type, shape, mesh_dim_names=names))
+    mesh = init_device_mesh(place.type, shape, mesh_dim_names=names)
+    return Parallel(config, env, place, mesh, store=store)

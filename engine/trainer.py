@@ -97,19 +97,25 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end of the schedule, then let the callbacks finish."""
         with closing(self.loader), collected_seldom():
-            for callback in self.callbacks:
+            for callback in self._entered():
                 callback.on_start(self)
             self._resumed_at = time.perf_counter() - self.elapsed
             while self.progress < 1.0:
                 self.train_step()
-                for callback in self.callbacks:
+                for callback in self._entered():
                     callback.on_step(self)
                 if self.step % COLLECT_EVERY == 0:
                     gc.collect()
-            for callback in self.callbacks:
+            for callback in self._entered():
                 callback.on_end(self)
         for logger in self.loggers:
             logger.close()
+
+    def _entered(self) -> Iterator[Callback]:
+        """Callbacks in turn; while one is called, it is the phase that this rank is in."""
+        for callback in self.callbacks:
+            self.run.parallel.enter(type(callback).__name__.lower())
+            yield callback
 
     def train_step(self) -> None:
         """One optimizer step over the global batch of `self.step`."""

@@ -1,4 +1,4 @@
-"""The exceptions of our own: wrong input, another rank that is gone, too little memory."""
+"""The exceptions of our own: wrong input, a lost rank, a request to stop, too little memory."""
 
 
 class UsageError(ValueError):
@@ -26,3 +26,17 @@ def nearest(word: str, choices: list[str]) -> str:
 
 class OutOfMemory(Exception):
     """A device has no more memory: the message says what was asked for, and what needs less."""
+
+
+class RankLost(RuntimeError):
+    """Another rank ended, or does not answer, so that this one cannot go on.
+
+    The message names this rank, its host, step and phase, and says where the others stand.
+    """
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved what there was; started again, it goes on.
+
+    The message is printed by the rank that has one.
+    """

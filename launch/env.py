@@ -35,11 +35,12 @@ def read_env() -> Env:
     """Read the variables that torchrun sets.
 
     Raises:
-        UsageError: only some of them are set.
+        UsageError: only some of them are set, or srun started several tasks without them.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = [name for name in names if name in os.environ]
     if not found:
+        _refuse_lone_tasks()
         return Env()
     if len(found) < len(names):
         missing = ", ".join(sorted(set(names) - set(found)))
@@ -54,6 +55,17 @@ def read_env() -> Env:
         restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
+
+
+def _refuse_lone_tasks() -> None:
+    """Refuse to be one of srun's tasks: each would train alone, in one run folder."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    if "SLURM_PROCID" in os.environ and tasks.isdigit() and int(tasks) > 1:
+        raise UsageError(
+            f"Slurm started {tasks} tasks (SLURM_NTASKS) and none knows of the others: start "
+            "torchrun once a node, as the file of `python -m geon.launch.slurm` does, or one "
+            "process with srun --ntasks=1"
+        )
 
 
 def default(name: str, value: str) -> None:

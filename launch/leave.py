@@ -6,23 +6,34 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from geon.errors import OutOfMemory, UsageError
+from geon.errors import OutOfMemory, Preempted, RankLost, UsageError
+from geon.launch import signals
 from geon.launch.env import under_launcher, wants_traceback
+
+BAD_INPUT = 2
 
 
 def guard(action: Callable[[], int | None]) -> int:
     """Run a command line; returns its exit status.
 
-    Bad input is one message and 2, too little memory one and 1, Ctrl-C is 130. Other errors pass,
+    Bad input is one message and 2; too little memory, or a lost rank, one and 1. A run that was
+    asked to stop, and has saved, is one line and 75; Ctrl-C elsewhere is 130. Other errors pass,
     except under a launcher, where they are printed and give 1, because ranks must leave by `leave`.
     """
     try:
         return action() or 0
-    except (UsageError, OutOfMemory) as error:
+    except (UsageError, OutOfMemory, RankLost) as error:
         if wants_traceback():
             traceback.print_exc()
         print(f"geon: error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UsageError) else 1
+        if not isinstance(error, UsageError):
+            return 1
+        signals.remember_bad_input()
+        return BAD_INPUT
+    except Preempted as told:
+        if str(told):
+            print(f"geon: {told}", file=sys.stderr, flush=True)
+        return signals.PREEMPTED
     except KeyboardInterrupt:
         return 130
     except Exception:

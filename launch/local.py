@@ -8,13 +8,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
+"""Which signals torchrun passes on to its ranks. Without it SIGUSR1 kills torchrun at once."""
+
 
 def torchrun_command(
     ranks: int, arguments: Sequence[str], program: Path = ROOT / "train.py"
 ) -> list[str]:
     """Command line that starts `ranks` processes of a program on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc_per_node={ranks}", str(program), *arguments]
+    return [*launcher, f"--nproc_per_node={ranks}", SIGNALS, str(program), *arguments]
 
 
 def command(ranks: int, arguments: Sequence[str]) -> list[str]:

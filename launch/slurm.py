@@ -11,15 +11,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.leave import guard
-from geon.launch.local import ROOT
+from geon.launch.local import ROOT, SIGNALS
 
 if TYPE_CHECKING:
     from geon.configs.schema import ClusterConfig, Config
+
+_WARNING = 120
+"""Seconds before its end in which Slurm tells a job to save."""
+
+_SAVING = 100
+"""Seconds that torchrun then gives its ranks, where it can be told (30 where not)."""
 
 _TEMPLATE = """\
 #!/bin/bash
@@ -28,19 +35,34 @@ _TEMPLATE = """\
 set -e
 
 {setup}export OMP_NUM_THREADS={cpus_per_rank}
-# Restarted ranks must meet in a store of their own: in the agents' shared one they would read the
-# address of a dead rank.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
+# SIGUSR1 comes {warning} s before the time limit: the ranks save, and the job is queued again.
+# Slurm sends SIGTERM to the ranks as well when a job is cancelled or preempted: they save, and this
+# shell waits for them.
+warned=
+trap 'warned=1; kill -USR1 "$ranks" || true' USR1
+trap : TERM
+
 srun --ntasks-per-node=1 --cpus-per-task={cpus} --kill-on-bad-exit=1 \\
     {python} -m torch.distributed.run \\
-    --nnodes={nodes} --nproc-per-node={ranks_per_node} --max-restarts=1 \\
+    --nnodes={nodes} --nproc-per-node={ranks_per_node} --max-restarts=3 \\
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$port" \\
-    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 \\
-    {program}
+    {signals}{saving} \\
+    {program} &
+ranks=$!
+
+# A trapped signal ends `wait`, not what it waits for; the last one tells its exit status.
+while kill -0 "$ranks" 2> /dev/null; do
+    wait "$ranks" || true
+done
+wait "$ranks" && status=0 || status=$?
+if [ -n "$warned" ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
 """
 
 
@@ -64,8 +86,21 @@ def render(config: "Config", overrides: Sequence[str]) -> str:
         cpus_per_rank=cluster.cpus_per_rank,
         cpus=cluster.cpus_per_rank * cluster.ranks_per_node,
         python=shlex.quote(sys.executable),
+        warning=_WARNING,
+        signals=SIGNALS,
+        saving=_saving(),
         program=shlex.join([str(ROOT / "train.py"), *rest]),
     )
+
+
+def _saving() -> str:
+    """The option of torchrun that gives ranks more time to save, where this one's has it."""
+    try:
+        major, minor = metadata.version("torch").split(".")[:2]
+        known = (int(major), int(minor)) >= (2, 13)
+    except (metadata.PackageNotFoundError, ValueError):
+        known = False
+    return f" --shutdown-timeout={_SAVING}" if known else ""
 
 
 def check_cluster(cluster: "ClusterConfig") -> None:
@@ -104,6 +139,9 @@ def _directives(config: "Config") -> list[str]:
         "ntasks-per-node=1",
         f"cpus-per-task={cluster.cpus_per_rank * cluster.ranks_per_node}",
         f"time={cluster.time}",
+        "requeue",
+        "open-mode=append",
+        f"signal=B:USR1@{_WARNING}",
     ]
     if config.device != "cpu":
         lines.append(f"gpus-per-node={cluster.ranks_per_node}")

@@ -131,11 +131,11 @@ ARROWS = {
     "data": "",
     "configs": "",
     "engine": f"optim {PARTS} models data configs.choices configs.recipes configs.schema"
-    " launch.env",
+    " launch.env launch.signals",
     "launch": "",
-    "train.py": "configs configs.schema engine launch launch.env",
+    "train.py": "configs configs.schema engine launch launch.env launch.signals",
 }
-ALONE = {"configs.choices", "configs.recipes", "configs.schema", "launch.env"}
+ALONE = {"configs.choices", "configs.recipes", "configs.schema", "launch.env", "launch.signals"}
 LAZY_ARROWS = {"launch": "configs configs.schema"}
 ONLY_NAMES = {("optim.shard", "optim.norms"): {"Reach"}}
 
@@ -193,7 +193,7 @@ def refusal(i):
     if top == "geon":
         aim = unit("geon.errors" if i.module == "geon.errors" else i.module)
         allowed = set(ARROWS.get(own, "").split()) | {own, "errors"}
-        allowed |= {"launch.env"} if own == "launch" else set()
+        allowed |= {"launch.env", "launch.signals"} if own == "launch" else set()
         allowed |= ALONE if own == "configs" else set()
         allowed |= set(LAZY_ARROWS.get(own, "").split()) if i.lazy else set()
         if aim not in allowed:

@@ -14,7 +14,14 @@ TORCHRUN = {
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in (*TORCHRUN, "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "HYDRA_FULL_ERROR"):
+    slurm = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
+    for name in (
+        *TORCHRUN,
+        *slurm,
+        "LOCAL_WORLD_SIZE",
+        "TORCHELASTIC_RESTART_COUNT",
+        "HYDRA_FULL_ERROR",
+    ):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -39,6 +46,25 @@ def test_partly_set_names_what_is_missing(environment, absent):
         environment.setenv(name, TORCHRUN[name])
     with pytest.raises(UsageError, match=f"but not {absent}: start ranks with torchrun"):
         read_env()
+
+
+@pytest.mark.parametrize("tasks", ["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"])
+def test_a_task_of_srun_that_knows_of_no_others_is_refused(environment, tasks):
+    """Each would train alone, and all would write into one run folder."""
+    environment.setenv("SLURM_PROCID", "1")
+    environment.setenv(tasks, "2")
+    with pytest.raises(UsageError, match="Slurm started 2 tasks .* torchrun once a node"):
+        read_env()
+    for name, value in TORCHRUN.items():
+        environment.setenv(name, value)
+    assert read_env().world == 8
+
+
+def test_one_task_of_srun_in_a_larger_job_trains(environment):
+    environment.setenv("SLURM_PROCID", "0")
+    environment.setenv("SLURM_NTASKS", "4")
+    environment.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert read_env() == Env()
 
 
 def test_traceback_is_asked_for_as_in_hydra(environment):

@@ -1,6 +1,8 @@
 import os
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -46,7 +48,8 @@ def test_directives_and_launch_follow_the_cluster_group():
         "#SBATCH --time=1-00:00:00",
         "module load cuda",
         "export OMP_NUM_THREADS=3",
-        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:USR1@120",
     ):
         assert line in script.splitlines()
     for word in (
@@ -56,7 +59,7 @@ def test_directives_and_launch_follow_the_cluster_group():
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
     ):
         assert word in script.split()
-    assert script.endswith("train.py name=big\n")
+    assert "train.py name=big &\n" in script
 
 
 def test_what_is_not_set_is_left_out():
@@ -127,6 +130,49 @@ def test_sbatch_reads_the_file_and_its_status_is_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert slurm.main(["cluster=slurm", "seed=4"]) == 3
     assert got.read_text() == script_of("cluster=slurm", "seed=4")
+
+
+RANKS = """
+while [[ $1 == --* ]]; do shift; done
+trap 'echo saved; exit ${FAILS:-1}' USR1 TERM
+echo started
+for i in $(seq 100); do sleep 0.05; done
+echo finished
+"""
+
+
+@bash
+@pytest.mark.row("R14")
+@pytest.mark.parametrize(
+    ("signals", "status", "said", "requeued"),
+    [
+        ([], 0, "started finished", False),
+        ([signal.SIGUSR1], 1, "started saved", True),
+        ([signal.SIGTERM, signal.SIGUSR1], 1, "started saved", True),
+        ([signal.SIGTERM], 0, "started finished", False),
+    ],
+)
+def test_the_warning_reaches_the_ranks_and_the_job_is_queued_again(
+    tmp_path, monkeypatch, signals, status, said, requeued
+):
+    """srun passes signals on to its tasks; SIGTERM, which Slurm sends to all, ends no shell."""
+    script = RANKS if signals else RANKS.replace("seq 100", "seq 5")
+    stub(tmp_path, "srun", script.replace("seq 100", "seq 20" if not status else "seq 100"))
+    stub(tmp_path, "scontrol", f"if [ $1 = requeue ]; then echo $2 > {tmp_path}/again; fi; echo n1")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    file = tmp_path / "job.sh"
+    file.write_text(script_of("cluster=slurm"))
+    job = subprocess.Popen(["bash", str(file)], stdout=subprocess.PIPE, text=True)
+    words = [job.stdout.readline().strip()]
+    for number in signals:
+        job.send_signal(number)
+        time.sleep(0.1)
+    words += job.communicate(timeout=20)[0].split()
+    assert job.returncode == status
+    assert " ".join(words[: len(said.split())]) == said
+    assert (tmp_path / "again").exists() == requeued
+    assert not requeued or (tmp_path / "again").read_text() == "77\n"
 
 
 @bash
