@@ -128,3 +128,14 @@ Nonfinite = Enum("Nonfinite", {"raise": "raise", "skip": "skip", "ignore": "igno
 """What a gradient with nan or infinity does (optim/hybrid.py): raise ends the run on every rank
 before anything is stepped, skip leaves out the step and counts it, ignore does not look, which
 spares a wait for the device a step."""
+
+
+class Policy(Enum):
+    """What a number that is not finite does to a run (engine/health.py)."""
+
+    stop = "stop"
+    """The run ends on every rank, with exit status 1."""
+    skip = "skip"
+    """A step whose loss or gradient is bad is left out; bad weights end the run."""
+    rewind = "rewind"
+    """The run goes back to its newest checkpoint, and leaves the step out when it comes again."""

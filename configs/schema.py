@@ -12,6 +12,7 @@ from geon.configs.choices import (
     Layouts,
     Mode,
     Objective,
+    Policy,
     Precision,
     Shape,
     Source,
@@ -134,6 +135,25 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto: the run folder's latest, if any. never: start anew (an old folder is moved aside).
     Otherwise the path of a run folder or checkpoint."""
+
+
+@dataclass
+class HealthConfig:
+    """What bad numbers do to a run: a loss, gradient, weight or state that is not finite, a spike.
+
+    All ranks find them alike, at the step that makes them; bad weights before anything is saved.
+    """
+
+    policy: Policy = Policy.stop
+    max_skips: int = 3
+    """skip: most steps left out in a row; one more ends the run."""
+    max_rewinds: int = 3
+    """rewind: how often; once more ends the run."""
+    spike: float = 20.0
+    """A gradient whose norm is above so many times its parameter's running norm is cut down to
+    that norm, so that one spike does not turn a momentum for hundreds of steps; 0 never."""
+    updates: bool = True
+    """Look at weights and optimizer state after every step too: one reading of them all."""
 
 
 @dataclass
@@ -263,6 +283,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)

@@ -44,6 +44,7 @@ from geon.optim import (
     block_scale,
     on_manifold,
 )
+from geon.optim.health import Watch
 from geon.optim.router import check_partition
 from geon.optim.routing import Routing, route_by
 from geon.optim.storage import lay
@@ -212,6 +213,7 @@ def make_optimizer(
         max_norm=config.optim.max_norm,
         momentum=getattr(torch, MOMENTA[config.optim.momentum_dtype]),
         nonfinite=config.optim.nonfinite.value,
+        watch=Watch(config.health.updates, config.health.spike),
         placement=placement,
     )
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import time
 from pathlib import Path
 from shutil import get_terminal_size
@@ -49,18 +50,24 @@ class Progress(Callback):
 
     def on_step(self, trainer: Trainer) -> None:
         """Advance the progress bar; log metrics at intervals."""
-        self._losses.append(trainer.loss)
+        if trainer.loss is not None:
+            self._losses.append(trainer.loss)
         if self._bar is not None:
             self._bar.update(1)
         ends = trainer.progress >= 1.0
-        if trainer.step % self.every and not ends:
+        if not self._losses or (trainer.step % self.every and not ends):
             return
         loss = trainer.run.parallel.mean(torch.stack(self._losses).mean()).item()
         self._losses.clear()
-        trainer.check_finite(loss)
         record = self._record(trainer, loss)
         trainer.log("train", record)
         self._print(trainer, record)
+
+    def on_rewind(self, trainer: Trainer) -> None:
+        """Measure from the step that the run went back to."""
+        self._last, self._losses = (trainer.step, time.perf_counter()), []
+        if self._bar is not None:
+            self._bar.n = trainer.step
 
     def _record(self, trainer: Trainer, loss: float) -> dict[str, Any]:
         run = trainer.run
@@ -84,8 +91,10 @@ class Progress(Callback):
             "flops_per_second": rate * run.model.flops_per_token(),
             "peak_memory_bytes": trainer.memory.read(),
         }
-        if run.optimizer.skipped:
-            record["steps_skipped"] = run.optimizer.skipped
+        if trainer.health.skipped:
+            record["skipped"] = trainer.health.skipped
+        if run.optimizer.watch.cut:
+            record["gradients_cut"] = run.optimizer.watch.cut
         if run.optimizer.entry_norm is not None:
             record["grad_norm_elementwise"] = float(run.optimizer.entry_norm)
         peak = peak_flops(run.parallel.device)
@@ -166,6 +175,10 @@ class Evaluator(Callback):
         if self.last is None and ask is not None:
             ask.leave(trainer)
         assert self.last is not None
+        if not math.isfinite(self.last.nats_per_token):
+            raise FloatingPointError(
+                f"the validation loss is {self.last.nats_per_token}: lower optim.lr"
+            )
         record = {"tokens": trainer.tokens, "elapsed": trainer.elapsed}
         record["peak_memory_bytes"] = trainer.memory.set_aside()
         trainer.log("eval", record | self.last.to_dict())
@@ -189,6 +202,10 @@ class Checkpointer(Callback):
         if self.every and trainer.step % self.every == 0:
             self.save(trainer)
 
+    def on_rewind(self, trainer: Trainer) -> None:
+        """Note that the step that the run went back to is saved already."""
+        self._saved = trainer.step
+
     def on_end(self, trainer: Trainer) -> None:
         """Save a checkpoint of the last step."""
         if self._saved != trainer.step:
@@ -211,6 +228,7 @@ class Checkpointer(Callback):
             "data": run.corpus.facts,
             "codec": codec.serialise() if codec else None,
             "torch": torch.__version__,
+            **trainer.health.facts(run.optimizer),
         }
         checkpoint.save(
             trainer.folder / "checkpoints",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from geon.configs.schema import LoggerConfig
-from geon.engine.runfolder import METRICS
+from geon.engine.runfolder import METRICS, drop_after
 from geon.errors import UsageError
 
 ROWS_KEPT = 10_000
@@ -26,6 +26,9 @@ class Logger(ABC):
     @abstractmethod
     def write(self, record: dict[str, Any]) -> None:
         """Log a record; it has "kind" and "step"."""
+
+    def rewind(self, step: int) -> None:  # noqa: B027 - most cannot take back what they have
+        """Drop records of steps after this one: they will come again."""
 
     def close(self) -> None:  # noqa: B027 - nothing to close is the common case
         """Flush what was logged, and release the logger."""
@@ -55,6 +58,7 @@ class Jsonl(Logger):
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._path = folder / METRICS
         self._file: int | None = None
         self._waiting: deque[bytes] = deque()
@@ -81,6 +85,11 @@ class Jsonl(Logger):
         if len(self._waiting) > ROWS_KEPT:
             self._waiting.popleft()
             self._lost += 1
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after this one."""
+        self.close()
+        drop_after(self._folder, step)
 
     def _append(self) -> OSError | None:
         """Write what waits in one piece; what was written of it in part is cut off again."""

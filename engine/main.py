@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,6 +27,7 @@ from geon.engine.devices import pick_device
 from geon.engine.evaluate import val_windows
 from geon.engine.exhaustion import explained
 from geon.engine.geometry import Geometry, RecordPairs
+from geon.engine.health import check_health
 from geon.engine.loggers import check_loggers, open_loggers
 from geon.engine.parallel import Parallel, check_layout, start
 from geon.engine.preemption import Preemption
@@ -84,6 +86,7 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
     routing = build.make_routing(model, config.optim, half)
     build.check_cuts(routing, config.parallel)
     check_deepspeed(config, routing)
+    check_health(config, routing)
     resume = _find_resume(config, build.fingerprint(model), env)
     if resume is not None and any(isinstance(r, Baseline) for r in routing.rules.values()):
         raise UsageError(
@@ -102,6 +105,7 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
     trainer = Trainer(run, folder, callbacks)
     if any(isinstance(rule, Baseline) for rule in routing.rules.values()):
         trainer.callbacks = [Curvature(), *trainer.callbacks]
+    trainer.health.restore = partial(_resume, trainer)
     if resume is not None:
         _resume(trainer, resume)
     return trainer, resume
@@ -159,6 +163,7 @@ def _resume(trainer: Trainer, path: Path) -> None:
     if run.parallel.backend is not None:
         run.parallel.backend.load(weights, state)
     run.optimizer.check_on_manifold()
+    trainer.health.load(facts, run.optimizer)
     trainer.step, trainer.elapsed = facts["step"], facts["elapsed"]
     if run.parallel.env.main:
         print(f"resuming from {path} at step {trainer.step}", flush=True)

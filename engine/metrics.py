@@ -83,6 +83,10 @@ class Stopwatch:
         else:
             self._marks[-1].append(time.perf_counter())
 
+    def drop(self, everything: bool = False) -> None:
+        """Forget the step that was begun last, or all since the last read."""
+        del self._marks[0 if everything else -1 :]
+
     def read(self) -> tuple[float, float]:
         """(seconds before, seconds after) the middle mark, over all steps since the last read."""
         if self.device.type == "cuda":

@@ -43,6 +43,10 @@ class Preemption(Callback):
         if asked and trainer.progress < 1.0:
             self.leave(trainer)
 
+    def on_rewind(self, trainer: Trainer) -> None:
+        """Read what is on its way; a signal of before is caught by the next step's sum."""
+        self._read_all()
+
     def asked(self, trainer: Trainer) -> bool:
         """Whether any rank has been asked to stop by now; the hosts wait for each other."""
         return _Sum(trainer).read()
@@ -54,6 +58,7 @@ class Preemption(Callback):
             Preempted: on every rank.
         """
         trainer.run.parallel.enter("checkpointer")
+        trainer.run.optimizer.settle()
         self.checkpointer.on_end(trainer)
         self.checkpointer.wait()
         for logger in trainer.loggers:
@@ -69,9 +74,13 @@ class Preemption(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         """Nothing is left to lose: a signal ends the process."""
+        self._read_all()
+        signals.training(False)
+
+    def _read_all(self) -> None:
         for begun in self._sums:
             begun.read()
-        signals.training(False)
+        self._sums.clear()
 
 
 class _Sum:

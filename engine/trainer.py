@@ -1,7 +1,6 @@
 """The training loop: read, forward, backward, step. All else is a callback."""
 
 import gc
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -9,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from geon.data import Loader
 from geon.engine.build import Run
+from geon.engine.health import Health
 from geon.engine.loggers import Logger
 from geon.engine.metrics import PeakMemory, Stopwatch
 from geon.engine.schedule import fraction
+from geon.errors import UsageError
 
 COLLECT_EVERY = 1000
 """Steps between collections of garbage, besides those after evaluations and checkpoints."""
@@ -47,6 +49,9 @@ class Callback:
     def on_step(self, trainer: "Trainer") -> None:
         """Called after each step; `trainer.step` steps lie behind."""
 
+    def on_rewind(self, trainer: "Trainer") -> None:
+        """Called when the run went back to a checkpoint: `trainer.step` is that of it."""
+
     def on_end(self, trainer: "Trainer") -> None:
         """Called after the last step."""
 
@@ -58,7 +63,9 @@ class Trainer:
         step: steps taken, over resumes; with it goes the whole data state.
         elapsed: seconds of training, over resumes.
         lr_fraction: share of the peak rates in the last step.
-        loss: mean loss of the last step over this rank's tokens, on the device.
+        loss: mean loss of the last step over this rank's tokens, on the device; None where the
+            step was left out.
+        health: what is done about bad numbers.
     """
 
     def __init__(self, run: Run, folder: Path, callbacks: Sequence[Callback]) -> None:
@@ -69,7 +76,8 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.lr_fraction = 0.0
-        self.loss = torch.zeros((), device=run.parallel.device)
+        self.loss: Tensor | None = None
+        self.health = Health(run.config.health)
         self.loader = Loader(run.batches, run.parallel.device)
         self.stopwatch = Stopwatch(run.parallel.device)
         self.memory = PeakMemory(run.parallel.device)
@@ -101,9 +109,12 @@ class Trainer:
                 callback.on_start(self)
             self._resumed_at = time.perf_counter() - self.elapsed
             while self.progress < 1.0:
-                self.train_step()
-                for callback in self._entered():
-                    callback.on_step(self)
+                try:
+                    self.train_step()
+                    for callback in self._entered():
+                        callback.on_step(self)
+                except FloatingPointError as error:
+                    self.health.recover(self, error)
                 if self.step % COLLECT_EVERY == 0:
                     gc.collect()
             for callback in self._entered():
@@ -118,10 +129,37 @@ class Trainer:
             yield callback
 
     def train_step(self) -> None:
-        """One optimizer step over the global batch of `self.step`."""
-        run, parallel = self.run, self.run.parallel
+        """One optimizer step over the global batch of `self.step`, or none where it is left out.
+
+        Raises:
+            FloatingPointError: a bad number that does not just leave the step out.
+        """
+        run = self.run
         self.lr_fraction = fraction(run.config.schedule, self.progress)
         run.optimizer.set_lr(self.lr_fraction)
+        self.loss = None
+        if self.step in self.health.banned:
+            self.health.leave_out(self, "the run went back from here")
+        else:
+            try:
+                self.loss = self._take_step()
+                self.health.went_well()
+            except FloatingPointError as error:
+                self.stopwatch.drop()
+                self.health.refused(self, error)
+                run.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._read_clock()
+        saving, evaluating = run.config.checkpoint.every, run.config.eval.every
+        ends = self.progress >= 1.0
+        if ends or any(every and self.step % every == 0 for every in (saving, evaluating)):
+            run.optimizer.settle()  # the weights are used otherwise than by a step that looks
+        if ends or (saving and self.step % saving == 0):
+            self._check_manifolds()
+
+    def _take_step(self) -> Tensor:
+        """Read, forward, backward, step; the mean loss over this rank's tokens."""
+        run, parallel = self.run, self.run.parallel
         self.stopwatch.mark(first=True)
         micros = self.loader.step(self.step)
         total = torch.zeros((), device=parallel.device)
@@ -131,35 +169,35 @@ class Trainer:
                 loss = parallel.loss(tokens, targets)
                 parallel.backward(loss, len(micros), last)
             total += loss.detach() / len(micros)
-        self.loss = total
         self.stopwatch.mark()
         for callback in self.callbacks:
             callback.before_update(self)
-        try:
-            parallel.update(run.optimizer)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"step {self.step + 1}: {error}; the last checkpoint under {self.folder} is from "
-                "before"
-            ) from None
+        run.optimizer.watch.loss = total
+        parallel.update(run.optimizer)
         self.stopwatch.mark()
-        self.step += 1
-        self._read_clock()
+        return total
+
+    def _check_manifolds(self) -> None:
+        """Hold weights against their manifolds before they are saved.
+
+        Raises:
+            FloatingPointError: one is so far off that a resume would refuse it.
+        """
+        try:
+            self.run.optimizer.check_on_manifold()
+        except UsageError as error:
+            raise FloatingPointError(str(error)) from None
+
+    def rewound(self) -> None:
+        """Forget what was measured of the steps that will come again."""
+        self.stopwatch.drop(everything=True)
+        for logger in self.loggers:
+            logger.rewind(self.step)
+        for callback in self.callbacks:
+            callback.on_rewind(self)
 
     def _read_clock(self) -> None:
         self.elapsed = time.perf_counter() - self._resumed_at
         if self.run.config.schedule.budget_seconds:
             # Ranks must agree on when to stop and on the learning rate.
             self.elapsed = self.run.parallel.from_main(self.elapsed)
-
-    def check_finite(self, loss: float) -> None:
-        """Stop a diverged run.
-
-        Raises:
-            FloatingPointError: on every rank, naming the step.
-        """
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}: lower optim.lr; the last checkpoint "
-                f"under {self.folder} is from before"
-            )

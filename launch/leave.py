@@ -16,13 +16,14 @@ BAD_INPUT = 2
 def guard(action: Callable[[], int | None]) -> int:
     """Run a command line; returns its exit status.
 
-    Bad input is one message and 2; too little memory, or a lost rank, one and 1. A run that was
-    asked to stop, and has saved, is one line and 75; Ctrl-C elsewhere is 130. Other errors pass,
-    except under a launcher, where they are printed and give 1, because ranks must leave by `leave`.
+    Bad input is one message and 2; too little memory, a bad number or a lost rank, one and 1. A run
+    that was asked to stop, and has saved, is one line and 75; Ctrl-C elsewhere is 130. Other errors
+    pass, except under a launcher, where they are printed and give 1, because ranks must leave by
+    `leave`.
     """
     try:
         return action() or 0
-    except (UsageError, OutOfMemory, RankLost) as error:
+    except (UsageError, OutOfMemory, RankLost, FloatingPointError) as error:
         if wants_traceback():
             traceback.print_exc()
         print(f"geon: error: {error}", file=sys.stderr, flush=True)

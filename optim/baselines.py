@@ -125,8 +125,9 @@ class Baseline(EntryRule):
         return made
 
     def begin(self, group: str, params: Sequence[Tensor], lr: float) -> None:
-        """Make the other package's optimizer for a param group, and keep it."""
-        self._optimizers[group] = self.start(params, lr)
+        """Make the other package's optimizer for a param group, and keep it; not of empty ones."""
+        if members := [param for param in params if param.numel()]:
+            self._optimizers[group] = self.start(members, lr)
 
     def new_state(self, param: Tensor) -> State:
         """Empty state: the other package's optimizer makes its own as it steps."""
@@ -140,7 +141,9 @@ class Baseline(EntryRule):
         states: Sequence[State],
     ) -> None:
         """Step the parameters that have a gradient, from the state that is kept here."""
-        members = [param for param in group["params"] if param.requires_grad]
+        members = [param for param in group["params"] if param.requires_grad and param.numel()]
+        if not members:
+            return
         if group["name"] not in self._optimizers:
             self.begin(group["name"], members, group["lr"])
         optimizer = self._optimizers[group["name"]]

@@ -54,7 +54,7 @@ class Group:
                 f"{where}: the rule is a {type(self.rule).__name__}, expected a Rule, AdamW or "
                 "another EntryRule"
             )
-        check_lr(self.lr, where)
+        check_lr(self.lr, where, self.rule)
         check_idle(self.rule, self.idle, where)
         check_per_head(self.rule, self.per_head, where)
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
 from geon.optim.groups import Group, check_count, check_groups, check_near, cycled, project_
+from geon.optim.health import Watch, check_begun, check_policies, clip
 from geon.optim.linalg import ieee_products
 from geon.optim.matrices import plan_of
 from geon.optim.readings import Readings
@@ -19,21 +20,11 @@ from geon.optim.roles import ParamInfo
 from geon.optim.rule import Rule
 from geon.optim.shard import Exchange, Layout, Placement, Plan, Ranks, Sharding, holding
 from geon.optim.state import Here, Member, carried, load_group, loaded, new_state
-from geon.optim.step import (
-    Active,
-    Step,
-    Verdict,
-    check_begun,
-    check_policies,
-    clip,
-    rule_now,
-    signature,
-    verdict,
-)
+from geon.optim.step import Active, Step, Verdict, glance, judge, rule_now, signature
 from geon.optim.storage import bytes_of, check_contiguous, settled, whole
 
 _KEPT = (
-    *("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings"),
+    *("rules", "max_norm", "nonfinite", "skipped", "entry_norm", "readings", "watch"),
     *("_infos", "_per_head", "_momentum", "_sharding", "_joining", "_begun"),
 )
 """Attributes that copies of an optimizer take along besides torch's own."""
@@ -67,8 +58,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         never. Steepest directions do not depend on the length of the gradient.
     momentum: dtype that the momenta of steepest rules rest in between steps.
     nonfinite: what a gradient with nan or infinity does. raise: FloatingPointError on every rank,
-        with nothing changed. skip: leave out the step, counted in `skipped`. ignore: do not look,
-        which spares a wait for the device.
+        with nothing changed. skip: leave out the step, counted in `skipped`. ignore: do not look.
+    watch: what else is looked at: the loss, weights and state after a step, spikes.
     project: bring weights to their manifolds now; otherwise weights further than 0.1 are refused.
     placement: how the parameters lie, for frameworks that hand over pieces (DeepSpeed).
 
@@ -85,12 +76,14 @@ class HybridOptimizer(torch.optim.Optimizer):
         max_norm: float = 0.0,
         momentum: torch.dtype = torch.float32,
         nonfinite: str = "raise",
+        watch: Watch | None = None,
         project: bool = False,
         placement: Placement | None = None,
     ) -> None:
         groups = list(groups) if isinstance(groups, Iterable) else [groups]
         check_groups(groups, shapes=placement is None)
-        check_policies(nonfinite, max_norm, mesh is not None and placement is not None)
+        self.watch = watch or Watch()
+        check_policies(nonfinite, max_norm, mesh, placement, self.watch)
         self.rules: dict[str, Rule | EntryRule] = {}
         self.max_norm, self.nonfinite, self.skipped = max_norm, nonfinite, 0
         self.entry_norm: Tensor | None = None
@@ -101,7 +94,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._sharding, self._mesh, self._placement = sharding or Sharding(), mesh, placement
         self._adjusted: dict[str, Rule] = {}
         self._exchange: Exchange | None = None
-        self._layouts: dict[str, Layout] = {}
+        self._layouts, self._copies = dict[str, Layout](), dict[str, int]()
         self._seen: dict[str, tuple[ReferenceType[Tensor], tuple[Any, ...]]] = {}
         self._joining, self._begun = True, False
         super().__init__([self._register(group) for group in groups if group.params], {})
@@ -183,8 +176,6 @@ class HybridOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = fraction * group.setdefault("initial_lr", group["lr"])
 
-    # Planning.
-
     @property
     def exchange(self) -> Exchange:
         """The exchange that runs the plan, with its counters."""
@@ -219,6 +210,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             self._layouts = {name: ranks.layout(name, param) for name, param in named.items()}
         else:
             ranks, self._layouts = self._placement.ranks, dict(self._placement.layouts)
+        self._copies = {n: holding(one).shares(ranks.rank) for n, one in self._layouts.items()}
         members = []
         for group, name, param in self._named():
             rule = self.rules[group["name"]]
@@ -267,8 +259,6 @@ class HybridOptimizer(torch.optim.Optimizer):
         if changed:
             self._plan()
             self.check_on_manifold(arrived)
-
-    # The manifold.
 
     def project_(self) -> None:
         """Bring every weight to its manifold, in place; every rank must call.
@@ -324,10 +314,9 @@ class HybridOptimizer(torch.optim.Optimizer):
         for one in everyone:
             one.collect()
         active = [one for one in everyone if one.names or one.coasting]
-        self._begun |= bool(active)
-        check_begun(self._begun)
+        self._begun = self._begun or check_begun(bool(active))
         self._make_state()
-        if (go := verdict(active, self.nonfinite, self.ranks)) is not Verdict.GO:
+        if (go := self._judge(active)) is not Verdict.GO:
             self.skipped += go is Verdict.SKIP
             return loss
         step = Step(self.ranks.rank, self._sharding.reproducible, self.readings)
@@ -339,23 +328,30 @@ class HybridOptimizer(torch.optim.Optimizer):
             self.exchange.run(step, step.moving, lambda: self._step_entries(active))
         if self.readings.wanted:
             self.readings.close()
+        if self.watch.updates:
+            glance(self.watch, active, self.state)
         return loss
+
+    def settle(self) -> None:
+        """Ask whether the last step left weights and state finite; waits. Every rank must call.
+
+        Raises:
+            FloatingPointError: names the first tensor that is not.
+        """
+        self._judge([])
+
+    def _judge(self, active: Sequence[Active]) -> Verdict:
+        clips = bool(self.max_norm)
+        return judge(active, self.watch, self.nonfinite, clips, self.ranks, self._copies)
 
     def _step_entries(self, active: Sequence[Active]) -> None:
         """Clip and step the parameters that are not stepped as matrices."""
         entries = [(one, one.rule) for one in active if isinstance(one.rule, EntryRule)]
         if self.max_norm and entries:
-            shares = {
-                name: holding(self.layouts[name]).shares(self.ranks.rank)
-                for one, _ in entries
-                for name in one.names
-            }
-            gradients = [one for one, _ in entries]
-            self.entry_norm = clip(gradients, self.max_norm, shares, self.ranks)
+            pairs = [pair for one, _ in entries for pair in zip(one.names, one.grads, strict=True)]
+            self.entry_norm = clip(pairs, self.max_norm, self._copies, self.ranks)
         for one, rule in entries:
             rule.step(one.group, one.params, one.grads, [self.state[p] for p in one.params])
-
-    # Saving and loading.
 
     def state_dict(self) -> dict[str, Any]:
         """State dict as torch.optim makes it, with "param_names" in its param groups."""

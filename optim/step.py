@@ -9,11 +9,19 @@ from itertools import repeat
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from geon.errors import ExchangeError, UsageError
+from geon.errors import UsageError
 from geon.optim.entries import EntryRule
+from geon.optim.health import (
+    ENTRY_LIMIT,
+    KINDS,
+    Watch,
+    bad_number,
+    cut_down,
+    examined,
+    reduced,
+)
 from geon.optim.readings import Readings
 from geon.optim.rule import Rule
 from geon.optim.shard import Job, Matrix, Piece, Ranks
@@ -24,48 +32,21 @@ WORK = torch.float32
 manifold better than 4e-3, and loses most of a small step to rounding."""
 
 
-NONFINITE = ("raise", "skip", "ignore")
-"""What a gradient with nan or infinity does; see `HybridOptimizer`."""
-
-
-def check_lr(lr: Any, where: str) -> float:
+def check_lr(lr: Any, where: str, rule: Rule | EntryRule) -> float:
     """Return a learning rate as a float.
 
     Raises:
-        UsageError: not finite, or negative.
+        UsageError: not finite, negative, or an angle that no retraction brings back.
     """
     value = float(lr)
     if not 0.0 <= value < math.inf:
         raise UsageError(f"{where}: lr {value} must be finite and 0 or more")
-    return value
-
-
-def check_begun(begun: bool) -> None:
-    """Refuse a first step without any gradient among several ranks.
-
-    Raises:
-        UsageError: says what replaces parameters.
-    """
-    if not begun and dist.is_available() and dist.is_initialized():
+    if isinstance(rule, Rule) and not rule.manifold.flat and value > rule.manifold.most_angle:
         raise UsageError(
-            "no parameter of the optimizer has a gradient in its first step: fully_shard, "
-            "parallelize_module and their like replace a model's parameters; make the optimizer "
-            "after them, or put the new parameters into its param_groups"
+            f"{where}: lr {value:g} is an angle on {type(rule.manifold).__name__}, in radians: it "
+            f"must be at most {rule.manifold.most_angle:g} (a turn is 6.3)"
         )
-
-
-def check_policies(nonfinite: str, max_norm: float, placed_twice: bool) -> None:
-    """Refuse words and numbers that a step could not follow.
-
-    Raises:
-        UsageError: names the value.
-    """
-    if nonfinite not in NONFINITE:
-        raise UsageError(f"nonfinite '{nonfinite}' is not one of {', '.join(NONFINITE)}")
-    if not 0.0 <= max_norm < math.inf:
-        raise UsageError(f"max_norm {max_norm} must be finite and 0 or more")
-    if placed_twice:
-        raise UsageError("mesh and placement both say which ranks step together: give one of them")
+    return value
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -147,7 +128,7 @@ def rule_now(
         UsageError: names the group and the number that is out of range.
     """
     name = group["name"]
-    check_lr(group["lr"], f"group '{name}'")
+    check_lr(group["lr"], f"group '{name}'", rule)
     try:
         if not isinstance(rule, Rule):
             if "momentum" in group and "betas" in group:  # a scheduler cycles it
@@ -163,81 +144,102 @@ def rule_now(
         raise UsageError(f"group '{name}': {error}") from None
 
 
-def verdict(active: Sequence[Active], nonfinite: str, ranks: Ranks) -> Verdict:
-    """Whether a step is to be taken: all ranks agree. Waits for the device, and sends one number.
+def glance(
+    watch: Watch, active: Iterable[Active], state: Mapping[Tensor, Mapping[str, Any]]
+) -> None:
+    """Have the next `judge` ask whether weights and state of a step, counters apart, are finite."""
+    watch.held = [
+        (name, key, own)
+        for one in active
+        for name, param in (*zip(one.names, one.params, strict=True), *one.coasting)
+        for key, tensor in {"weight": param, **state.get(param, {})}.items()
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim
+        if (own := local(tensor)).numel()
+    ]
+    alike = defaultdict(list)
+    for _, _, own in watch.held:
+        alike[own.dtype].append(own)
+    norms = [norm.float() for some in alike.values() for norm in torch._foreach_norm(some)]
+    watch.pending = torch.stack(norms).sum() if norms else None
+
+
+def judge(
+    active: Sequence[Active],
+    watch: Watch,
+    nonfinite: str,
+    clips: bool,
+    ranks: Ranks,
+    copies: Mapping[str, int],
+) -> Verdict:
+    """Whether a step is to be taken: all ranks agree. Waits for the device, and sends one message.
 
     Not where every rate and gradient is zero: so state is made by torch.distributed.checkpoint.
+    Gradients that are spikes (`Watch.spike`) are cut down in place.
 
-    nonfinite: raise, skip or ignore.
+    nonfinite: raise, skip or ignore. clips: whether entry rules clip their gradients.
+    copies: by parameter, ranks that hold the same piece as this one; alike on all ranks in order.
 
     Raises:
-        FloatingPointError: a gradient that is not finite, where that is to be raised.
+        BadNumber: a gradient or a loss that is not finite, where that is to be raised; weights or
+            state that the last step left so, always.
     """
     still = all(float(one.group["lr"]) == 0.0 for one in active)
+    beside = {"loss": watch.loss, "update": watch.pending}
+    watch.loss = watch.pending = None
     if nonfinite == "ignore" and not still:
         return Verdict.GO
-    named = [
-        (name, grad)
-        for one in active
-        for name, grad in zip(one.names, one.grads, strict=True)
-        if grad.numel()
-    ]
-    norms = torch._foreach_norm([grad for _, grad in named]) if named else []
-    values = torch.stack([norm.float() for norm in norms]).tolist() if named else []
-    pairs = list(zip(named, values, strict=True))
-    # A norm of finite entries may overflow, and one of tiny entries may be 0: look again there.
-    odd = [(name, grad) for (name, grad), norm in pairs if not math.isfinite(norm)]
-    bad = [name for name, grad in odd if not bool(grad.isfinite().all())]
-    largest = max((norm for norm in values if math.isfinite(norm)), default=float(bool(odd)))
-    if still and largest == 0.0:
-        largest = float(any(bool(grad.any()) for _, grad in named))
-    largest = math.inf if bad else largest
-    if ranks.group is not None:
-        largest = _reduced(torch.tensor(largest, device=ranks.device), "MAX", ranks).item()
-    if math.isfinite(largest) or nonfinite == "ignore":
-        return Verdict.STILL if still and largest == 0.0 else Verdict.GO
-    if nonfinite == "skip":
-        return Verdict.SKIP
-    where = f"of '{bad[0]}' and {len(bad) - 1} more" if bad else "on another rank"
-    raise FloatingPointError(
-        f"a gradient {where} is not finite: nothing was stepped, weights and state are as they "
-        "were. Lower the learning rate, or set HybridOptimizer(nonfinite='skip') "
-        "(optim.nonfinite=skip) to leave out such steps"
-    )
-
-
-def _reduced(number: Tensor, operation: str, ranks: Ranks) -> Tensor:
-    """A number over all ranks, in place.
-
-    Raises:
-        ExchangeError: another rank is gone.
-    """
-    try:
-        dist.all_reduce(number, getattr(dist.ReduceOp, operation), ranks.group)
-    except RuntimeError as error:
-        raise ExchangeError(
-            f"rank {ranks.rank}: the reduction of gradient norms (all_reduce) failed: another rank "
-            f"ended, or took longer than parallel.timeout_seconds. {str(error).splitlines()[0]}"
-        ) from error
-    return number
-
-
-def clip(
-    active: Sequence[Active], max_norm: float, copies: Mapping[str, int], ranks: Ranks
-) -> Tensor:
-    """Clip gradients to a global 2-norm in place; return the norm before.
-
-    Exact whatever meshes the parameters lie on: each square is divided by the number of ranks that
-    hold a copy, and one sum goes over all ranks.
-    """
     pairs = [pair for one in active for pair in zip(one.names, one.grads, strict=True)]
-    squares = [grad.float().square().sum() / copies[name] for name, grad in pairs]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), device=ranks.device)
-    norm = (total if ranks.group is None else _reduced(total, "SUM", ranks)).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for _, grad in pairs:
-        grad.mul_(scale)
-    return norm
+    named = [(name, grad) for name, grad in pairs if grad.numel()]
+    norms = list(torch._foreach_norm([grad for _, grad in named])) if named else []
+    norms += [number for number in beside.values() if number is not None]
+    values = torch.stack([norm.float() for norm in norms]).tolist() if norms else []
+    told = {kind: values.pop() for kind in ("update", "loss") if beside[kind] is not None}
+    where: dict[str, str] = {}
+    if not all(value < ENTRY_LIMIT for value in (*values, *told.values())):
+        entries = [one for one in active if isinstance(one.rule, EntryRule) and not clips]
+        squared = {name for one in entries for name in one.names}
+        values, where = examined(named, values, told, squared, watch)
+    own = {name: norm for (name, _), norm in zip(named, values, strict=True)}
+    moves = any(values) or bool(where) or (still and any(bool(g.any()) for _, g in named))
+    sums = [float(moves), *(float(kind in where) for kind in KINDS)]
+    if watch.spike:
+        sums += [own.get(name, 0.0) ** 2 / shares for name, shares in copies.items()]
+    if ranks.group is not None:
+        sent = torch.tensor(sums, dtype=torch.float64, device=ranks.device)
+        sums = reduced(sent, "SUM", ranks).tolist()
+    for kind, count in zip(KINDS, sums[1:], strict=False):
+        if count and nonfinite != "ignore":
+            if nonfinite == "skip" and kind != "update":
+                return Verdict.SKIP
+            raise bad_number(kind, where.get(kind, ""))
+    if still and not sums[0]:
+        return Verdict.STILL
+    if watch.spike and active:
+        cut = _cut(watch, dict(zip(copies, sums[1 + len(KINDS) :], strict=True)))
+        for name, grad in named:
+            if name in cut:
+                cut_down(grad, cut[name])
+    return Verdict.GO
+
+
+def _cut(watch: Watch, squares: Mapping[str, float]) -> dict[str, float]:
+    """Factors on gradients that are spikes; the running norms are brought up to date.
+
+    squares: of norms over all ranks, by parameter.
+    """
+    cut, now = dict[str, float](), dict[str, tuple[int, float]]()
+    for name, square in squares.items():
+        if square > 0.0:
+            norm = math.sqrt(square)
+            count, mean = watch.norms.get(name, (0, norm))
+            if norm > watch.spike * mean:
+                if count >= watch.warm:
+                    cut[name] = mean / norm
+                norm = watch.spike * mean
+            now[name] = (min(count + 1, watch.memory), (count * mean + norm) / (count + 1))
+    watch.norms |= now
+    watch.cut += len(cut)
+    return cut
 
 
 _Alike = tuple[str, tuple[int, int], torch.dtype]

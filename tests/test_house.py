@@ -82,14 +82,15 @@ def imports():
 
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
-PARTS = "adamw baselines builder costs declare entries families foreign groups hybrid linalg words"
+PARTS = "adamw baselines builder costs declare entries families foreign groups health hybrid linalg"
 PARTS += " last_layers matrices place readings roles router routing rule state step storage tree"
-PARTS += " finishes manifolds norms polar shard solvers views"
+PARTS += " finishes manifolds norms polar shard solvers views words"
 PARTS = " ".join(f"optim.{part}" for part in PARTS.split())
 ARROWS = {
     "geon": "",
     "geon.errors": "",
     "optim.costs": "",
+    "optim.health": "optim.shard",
     "optim.linalg": "",
     "optim.polar": "optim.costs optim.linalg",
     "optim.norms": "optim.costs optim.linalg optim.polar",
@@ -118,14 +119,14 @@ ARROWS = {
     "optim.adamw": "optim.entries optim.step",
     "optim.baselines": "optim.entries",
     "optim.readings": "optim.rule optim.solvers",
-    "optim.step": "optim.entries optim.readings optim.rule optim.shard optim.views",
+    "optim.step": "optim.entries optim.health optim.readings optim.rule optim.shard optim.views",
     "optim.storage": "optim.shard optim.step",
     "optim.state": "optim.entries optim.roles optim.rule optim.step optim.storage",
     "optim.matrices": "optim.costs optim.entries optim.norms optim.roles optim.rule optim.shard",
     "optim.groups": "optim.entries optim.matrices optim.norms optim.roles optim.rule optim.shard"
     " optim.step optim.storage",
-    "optim.hybrid": "optim.entries optim.groups optim.linalg optim.matrices optim.readings"
-    " optim.roles optim.rule optim.shard optim.state optim.step optim.storage",
+    "optim.hybrid": "optim.entries optim.groups optim.health optim.linalg optim.matrices"
+    " optim.readings optim.roles optim.rule optim.shard optim.state optim.step optim.storage",
     "optim": PARTS,
     "models": "optim.roles",
     "data": "",
@@ -193,8 +194,7 @@ def refusal(i):
     if top == "geon":
         aim = unit("geon.errors" if i.module == "geon.errors" else i.module)
         allowed = set(ARROWS.get(own, "").split()) | {own, "errors"}
-        allowed |= {"launch.env", "launch.signals"} if own == "launch" else set()
-        allowed |= ALONE if own == "configs" else set()
+        allowed |= {"configs": ALONE, "launch": {"launch.env", "launch.signals"}}.get(own, set())
         allowed |= set(LAZY_ARROWS.get(own, "").split()) if i.lazy else set()
         if aim not in allowed:
             return f"{i}: {own} may import {', '.join(sorted(allowed))} of geon"

@@ -23,6 +23,9 @@ class Manifold(ABC):
     Either W is normal to the manifold at itself, or the retraction divides by the size of W.
     """
 
+    most_angle: ClassVar[float] = 1000.0
+    """Largest step in radians: of a longer one, fp32 loses the weight that it starts from."""
+
     @abstractmethod
     def length(self, shape: tuple[int, ...]) -> float:
         """Frobenius norm of a point of this shape, as stored.

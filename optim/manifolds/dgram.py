@@ -8,7 +8,8 @@ from geon.optim.costs import Cost
 from geon.optim.linalg import gaussian, multiply_add, orient, orient_like, unit_frobenius
 from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.manifolds.sphere import refuse_zero_vectors
-from geon.optim.manifolds.stiefel import TWO_STEPS_ABOVE, Stiefel
+from geon.optim.manifolds.stiefel import FAR_ABOVE, TWO_STEPS_ABOVE, Stiefel
+from geon.optim.polar import polar_of_bounded
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class DGram(Manifold):
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
         """Cubic Newton-Schulz steps on the unit columns (two above 0.05 rad); lengths kept.
 
+        Above 0.2 radians a polar factor comes first: cubic steps diverge from far away.
+
         A column shorter than the others turns by more than `angle`. One that a large step shrinks
         to almost nothing loses its direction; later steps bring it back.
 
@@ -55,6 +58,8 @@ class DGram(Manifold):
         w = orient(weight)
         lengths = torch.linalg.vector_norm(w, dim=-2, keepdim=True)
         u = w / lengths.clamp_min(torch.finfo(w.dtype).tiny)
+        if angle > FAR_ABOVE:  # unit columns: singular values up to sqrt(short side)
+            u = polar_of_bounded(u, 1e-5, math.sqrt(u.shape[-1]))
         for _ in range(2 if angle > TWO_STEPS_ABOVE else 1):
             u = multiply_add(1.5, u, -0.5, u, u.mT @ u)
         return orient_like(u * lengths, weight)

@@ -20,6 +20,7 @@ from geon.optim.linalg import (
 )
 from geon.optim.manifolds.base import Manifold, check_radius
 from geon.optim.manifolds.sphere import refuse_zero_vectors
+from geon.optim.manifolds.stiefel import FAR_ABOVE
 from geon.optim.polar.iterate import polar as polar_iterate
 
 PolarFactor = Callable[[Tensor], Tensor]
@@ -147,9 +148,12 @@ class SpectralSphere(_Spectral):
         return vector - (u * ((u * (vector @ v)).sum(dim=-2, keepdim=True))) @ v.mT
 
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
-        """Retracted weight: divided by its largest singular value. Cost: that of `top_pair`."""
+        """Retracted weight: divided by its largest singular value. Cost: that of `top_pair`.
+
+        Large steps leave singular values close together, which take more power iterations.
+        """
         unit = unit_frobenius(weight)
-        u, v = top_pair(unit)
+        u, v = top_pair(unit, _DOUBLINGS + 2 * (angle > FAR_ABOVE))
         top = (u * (unit @ v)).sum(dim=(-2, -1), keepdim=True)
         return unit * (self.bound(weight.shape) / torch.where(top > 0, top, torch.ones_like(top)))
 

@@ -18,11 +18,13 @@ from geon.optim.linalg import (
     sym,
 )
 from geon.optim.manifolds.base import Manifold, check_radius
-from geon.optim.polar import polar_svd
+from geon.optim.polar import polar_of_bounded, polar_svd
 
 # One cubic step turns an error delta of W^T W - I into (3/4) delta^2, and a tangent step of angle
 # eta leaves delta <= (4/3) eta^2. Up to 0.05 rad one step ends below 1e-5; above, take two.
 TWO_STEPS_ABOVE = 0.05
+# Two steps end at 4e-6 here, at 0.2 at 1 rad, and diverge above 1.4: a polar factor comes first.
+FAR_ABOVE = 0.2
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,16 @@ class Stiefel(Manifold):
     def retract(self, weight: Tensor, angle: float = 0.0) -> Tensor:
         """Retraction by one cubic Newton-Schulz step U (3 I - U^T U)/2; two above 0.05 radians.
 
+        A tangent step of this angle leaves singular values in [1, sqrt(1 + angle^2)], where
+        cubic steps converge below sqrt(3) alone: above 0.2 radians a polar factor comes first.
+
         Cost: 4 l s^2 FLOPs a step, in the weight's dtype (fp32: bf16 would cost the manifold). On
         a GPU half of them are in bf16x3 and half in bf16: see `cubic_step`.
         """
         u, precision = self.unit(weight), accurate_on(weight.device)
+        if angle > FAR_ABOVE:
+            # Directions are up to 2/sqrt(3) long, and as tangent as their arithmetic.
+            u = polar_of_bounded(u, 0.5, math.hypot(1.0, 1.2 * angle), precision)
         for _ in range(2 if angle > TWO_STEPS_ABOVE else 1):
             u = cubic_step(u, precision)
         return orient_like(u * self.scale(weight.shape), weight)

@@ -4,7 +4,7 @@ from geon.optim.polar.coefficients import CUBIC, KELLER, POLAR_EXPRESS, TABLES, 
 from geon.optim.polar.exact import polar_svd
 from geon.optim.polar.gram import inverse_sqrt
 from geon.optim.polar.interval import bounds, steps_for
-from geon.optim.polar.iterate import Polar, polar
+from geon.optim.polar.iterate import Polar, polar, polar_of_bounded
 from geon.optim.polar.minimax import minimax
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "inverse_sqrt",
     "minimax",
     "polar",
+    "polar_of_bounded",
     "polar_svd",
     "steps_for",
 ]

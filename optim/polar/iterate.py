@@ -1,5 +1,6 @@
 """Polar factors by matrix products alone, batched over equal shapes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +41,22 @@ def polar(
     Cost: steps * (4 s^2 l + 2 s^3) FLOPs, s and l the short and long side; a cubic step 4 s^2 l.
     """
     return _iterate(unit_frobenius(matrix), coefficients.steps(steps), precision)
+
+
+def polar_of_bounded(
+    matrix: Tensor, lower: float, upper: float, precision: Precision | None = None
+) -> Tensor:
+    """Polar factor of matrices whose singular values lie in [lower, upper], to 1e-3.
+
+    Takes as many steps as that needs; ratios below 1e-6 are taken as 1e-6, which fp32 resolves.
+    Tables are made for powers of 2, so that rates of a schedule share them.
+
+    Shapes: (..., d_out, d_in) -> same.
+    """
+    ratio = max(lower / upper / POLAR_MARGIN, 1e-6)
+    ratio = 0.5 ** math.ceil(-math.log2(ratio))
+    triples = minimax(ratio, steps_for(1e-3, ratio)).steps(steps_for(1e-3, ratio))
+    return _iterate(matrix / upper, triples, precision)
 
 
 def _iterate(unit: Tensor, triples: Sequence[Triple], precision: Precision | None) -> Tensor:
