@@ -135,6 +135,9 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto: the run folder's latest, if any. never: start anew (an old folder is moved aside).
     Otherwise the path of a run folder or checkpoint."""
+    background: bool = False
+    """Copy weights and state to the CPU at the step, and write them by a thread beside the training
+    (asynchronously): takes as much CPU memory as a checkpoint has bytes on a rank."""
 
 
 @dataclass

@@ -29,6 +29,7 @@ from geon.data import (
     synthetic_corpus,
     text_corpus,
 )
+from geon.engine import kept
 from geon.engine.devices import arithmetic
 from geon.engine.parallel import Parallel, mesh_shape
 from geon.engine.sharding import make_sharding
@@ -249,7 +250,7 @@ class Run:
         if self.parallel.backend is not None:
             return self.parallel.backend.tensors()
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        return weights, self.optimizer.state_tensors()
+        return weights, self.optimizer.state_tensors() | kept.tensors(self.optimizer)
 
 
 def build(

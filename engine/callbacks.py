@@ -1,4 +1,4 @@
-"""What happens around the loop: logging, evaluation, checkpoints, spectra."""
+"""What happens around the loop: logging, evaluation, spectra."""
 
 import gc
 import json
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from geon.engine import checkpoint
-from geon.engine.build import fingerprint
 from geon.engine.evaluate import Evaluation, evaluate
 from geon.engine.exhaustion import explained
 from geon.engine.loggers import say
@@ -182,63 +180,6 @@ class Evaluator(Callback):
         record = {"tokens": trainer.tokens, "elapsed": trainer.elapsed}
         record["peak_memory_bytes"] = trainer.memory.set_aside()
         trainer.log("eval", record | self.last.to_dict())
-        gc.collect()
-
-
-class Checkpointer(Callback):
-    """Saves a checkpoint every few steps and at the end."""
-
-    def __init__(self, every: int, keep: int) -> None:
-        self.every = every
-        self.keep = keep
-        self._saved: int | None = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Note that the step a run resumes from is saved already."""
-        self._saved = trainer.step if trainer.step else None
-
-    def on_step(self, trainer: Trainer) -> None:
-        """Save a checkpoint at intervals."""
-        if self.every and trainer.step % self.every == 0:
-            self.save(trainer)
-
-    def on_rewind(self, trainer: Trainer) -> None:
-        """Note that the step that the run went back to is saved already."""
-        self._saved = trainer.step
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Save a checkpoint of the last step."""
-        if self._saved != trainer.step:
-            self.save(trainer)
-
-    def wait(self) -> None:
-        """Wait until what was handed over is committed: nothing is handed over here."""
-
-    def save(self, trainer: Trainer) -> None:
-        """Write one checkpoint."""
-        run = trainer.run
-        codec = run.corpus.codec
-        facts = {
-            "elapsed": trainer.elapsed,
-            "tokens": trainer.tokens,
-            "world": run.parallel.env.world,
-            "model": fingerprint(run.model),
-            "optim": run.config.optim.name,
-            "seed": run.config.seed,
-            "data": run.corpus.facts,
-            "codec": codec.serialise() if codec else None,
-            "torch": torch.__version__,
-            **trainer.health.facts(run.optimizer),
-        }
-        checkpoint.save(
-            trainer.folder / "checkpoints",
-            trainer.step,
-            *run.tensors(),
-            facts,
-            self.keep,
-            run.parallel,
-        )
-        self._saved = trainer.step
         gc.collect()
 
 

@@ -1,6 +1,7 @@
 """What a run does about bad numbers: stop, leave a step out, or go back to a checkpoint."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,8 @@ def check_health(config: Config, routing: Routing) -> None:
         )
     if policy is Policy.rewind and any(isinstance(r, Baseline) for r in routing.rules.values()):
         raise UsageError(
-            f"{chosen}: another package's optimizer (rule=baseline) keeps state that checkpoints "
-            "do not hold; set health.policy=skip"
+            f"{chosen}: another package's optimizer (rule=baseline) cannot go back within a run; "
+            "set health.policy=skip"
         )
 
 
@@ -67,6 +68,7 @@ class Health:
         skipped: positions left out so far, of the steps that lie behind.
         banned: positions to be left out when they come again.
         restore: loads a checkpoint into the trainer; set before the run by who can.
+        wait_for_saves: waits until what a thread saves is committed; set likewise.
     """
 
     def __init__(self, config: HealthConfig) -> None:
@@ -74,6 +76,7 @@ class Health:
         self.skipped: list[int] = []
         self.banned: set[int] = set()
         self.restore: Callable[[Path], None] | None = None
+        self.wait_for_saves: Callable[[], None] = lambda: None
         self.rewinds = 0
         self._in_a_row = 0
 
@@ -128,6 +131,8 @@ class Health:
         late = getattr(error, "late", True)
         position = max(0, trainer.step - 1 if late else trainer.step)
         place = trainer.folder / "checkpoints"
+        with suppress(FloatingPointError):  # what was on its way was as bad, and is not saved
+            self.wait_for_saves()
         found = [p for p in checkpoint.committed(place) if _step(p) <= position]
         (newest, *_) = trainer.run.parallel.gather(str(found[-1]) if found else "")
         said = f"step {position + 1}: {error}"

@@ -12,16 +12,10 @@ from uuid import uuid4
 from omegaconf import OmegaConf
 
 from geon.configs.schema import Config, Mode
-from geon.engine import build, checkpoint, fitting, planning, runfolder
+from geon.engine import build, checkpoint, fitting, planning, runfolder, writing
 from geon.engine.backends import check_deepspeed
-from geon.engine.callbacks import (
-    Checkpointer,
-    Compilation,
-    Evaluator,
-    Progress,
-    Spectrum,
-    write_json,
-)
+from geon.engine.callbacks import Compilation, Evaluator, Progress, Spectrum, write_json
+from geon.engine.checkpointer import Checkpointer
 from geon.engine.curvature import Curvature
 from geon.engine.devices import pick_device
 from geon.engine.evaluate import val_windows
@@ -87,13 +81,8 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
     build.check_cuts(routing, config.parallel)
     check_deepspeed(config, routing)
     check_health(config, routing)
-    resume = _find_resume(config, build.fingerprint(model), env)
-    if resume is not None and any(isinstance(r, Baseline) for r in routing.rules.values()):
-        raise UsageError(
-            f"'{resume}' cannot be resumed: another package's optimizer (rule=baseline) keeps "
-            "state that checkpoints do not hold; set checkpoint.resume=never"
-        )
     parallel = start(config.parallel, config.device, env)
+    resume = _agreed_resume(config, build.fingerprint(model), parallel)
     plan = planning.plan_ahead(config, model, routing, env.world)
     memory = fitting.fit(config, model, routing, plan, parallel)
     batches = replace(batches, micro=memory.micro_batch)
@@ -112,7 +101,8 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
 
 
 def _callbacks(config: Config) -> list[Callback]:
-    checkpointer = Checkpointer(config.checkpoint.every, config.checkpoint.keep)
+    saved = config.checkpoint
+    checkpointer = Checkpointer(saved.every, saved.keep, saved.background)
     preemption = Preemption(checkpointer)
     evaluator = Evaluator(config.eval.every, preemption)
     callbacks: list[Callback] = [
@@ -132,6 +122,24 @@ def _callbacks(config: Config) -> list[Callback]:
     return callbacks
 
 
+def _agreed_resume(config: Config, model: Mapping[str, Any], parallel: Parallel) -> Path | None:
+    """Checkpoint to start from, chosen by the main rank for all.
+
+    Raises:
+        UsageError: on every rank.
+    """
+    found, error = None, None
+    try:
+        if parallel.env.main:
+            found = _find_resume(config, model, parallel.env)
+    except UsageError as caught:
+        error = str(caught)
+    found, error = parallel.gather((found, error))[0]
+    if error is not None:
+        raise UsageError(error)
+    return found
+
+
 def _find_resume(config: Config, model: Mapping[str, Any], env: Env) -> Path | None:
     """Checkpoint to start from, checked against the model.
 
@@ -144,20 +152,25 @@ def _find_resume(config: Config, model: Mapping[str, Any], env: Env) -> Path | N
     if wish == "never":
         return None
     place = Path(config.output) / config.name if wish == "auto" else Path(wish).expanduser()
-    found = checkpoint.find(place)
-    if found is None and wish != "auto":
+    for line in writing.recover(place / "checkpoints") if wish == "auto" else ():
+        print(line, flush=True)
+    choice = checkpoint.newest_sound(place, fall_back=wish == "auto")
+    if choice.path is None and wish != "auto":
         raise UsageError(
             f"checkpoint.resume '{wish}' holds no committed checkpoint "
             "(expected a run folder, or auto, or never)"
         )
-    if found is not None:
-        checkpoint.check_same_model(found, checkpoint.read_commit(found), model)
-    return found
+    for line in choice.said:
+        print(line, flush=True)
+    if choice.path is not None:
+        checkpoint.check_same_model(choice.path, choice.facts, model)
+    return choice.path
 
 
 def _resume(trainer: Trainer, path: Path) -> None:
     run = trainer.run
     facts = checkpoint.read_commit(path)
+    checkpoint.begin_state(path, facts, run.optimizer)
     weights, state = run.tensors()
     checkpoint.load(path, weights, state, run.parallel)
     if run.parallel.backend is not None:
@@ -175,8 +188,6 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
     continued = resume is not None and folder in resume.parents
     if continued:
         runfolder.drop_after(folder, trainer.step)
-        for path in checkpoint.drop_unfinished(folder / "checkpoints"):
-            print(f"removed unfinished checkpoint {path}", flush=True)
     elif (aside := runfolder.move_aside(folder)) is not None:
         print(f"moved the earlier run to {aside}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)

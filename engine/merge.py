@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geon.configs.schema import Layouts, ParallelConfig
-from geon.engine import build, checkpoint
+from geon.engine import build, checkpoint, writing
 from geon.engine.parallel import Parallel
 from geon.errors import UsageError
 from geon.launch.env import Env
@@ -37,7 +37,8 @@ def merge(
     total = float(sum(shares))
     sums: dict[str, Tensor] = {}
     for path, share in zip(paths, shares, strict=True):
-        checkpoint.check_same_model(path, checkpoint.read_commit(path), build.fingerprint(model))
+        facts = checkpoint.newest_sound(path, fall_back=False).facts
+        checkpoint.check_same_model(path, facts, build.fingerprint(model))
         checkpoint.load_weights(path, model)
         for name, param in model.named_parameters():
             part = param.double() * (share / total)
@@ -52,15 +53,11 @@ def save(target: Path, model: LanguageModel, like: Path, facts: dict[str, Any]) 
     """Write the model as a checkpoint without optimizer state: to evaluate and to generate from."""
     commit = checkpoint.read_commit(like)
     step = commit.pop("step")
-    commit.pop("format")
-    return checkpoint.save(
-        target / "checkpoints",
-        step,
-        dict(model.named_parameters()),
-        {},
-        commit | facts,
-        1,
-        _alone(),
+    for key in ("format", "sha256", "files", "serial", "state"):
+        commit.pop(key, None)
+    weights = checkpoint.tensors(dict(model.named_parameters()), {})
+    return writing.save(
+        target / "checkpoints", step, weights, commit | facts, 1, writing.Peers(_alone())
     )
 
 

@@ -10,7 +10,7 @@ from geon.errors import Preempted
 from geon.launch import signals
 
 if TYPE_CHECKING:
-    from geon.engine.callbacks import Checkpointer
+    from geon.engine.checkpointer import Checkpointer
 
 
 class Preemption(Callback):

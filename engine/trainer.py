@@ -66,6 +66,7 @@ class Trainer:
         loss: mean loss of the last step over this rank's tokens, on the device; None where the
             step was left out.
         health: what is done about bad numbers.
+        facts: what else the commit file of each checkpoint says of the run, for JSON.
     """
 
     def __init__(self, run: Run, folder: Path, callbacks: Sequence[Callback]) -> None:
@@ -75,6 +76,7 @@ class Trainer:
         self.loggers: list[Logger] = []
         self.step = 0
         self.elapsed = 0.0
+        self.facts: dict[str, Any] = {}
         self.lr_fraction = 0.0
         self.loss: Tensor | None = None
         self.health = Health(run.config.health)

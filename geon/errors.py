@@ -1,4 +1,4 @@
-"""The exceptions of our own: wrong input, a lost rank, a request to stop, too little memory."""
+"""The exceptions of our own: wrong input, a lost rank, a request to stop, no memory or disk."""
 
 
 class UsageError(ValueError):
@@ -40,3 +40,7 @@ class Preempted(Exception):
 
     The message is printed by the rank that has one.
     """
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written: the message says why, and the bytes needed and free."""

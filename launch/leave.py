@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from geon.errors import OutOfMemory, Preempted, RankLost, UsageError
+from geon.errors import OutOfMemory, Preempted, RankLost, SaveError, UsageError
 from geon.launch import signals
 from geon.launch.env import under_launcher, wants_traceback
 
@@ -16,14 +16,14 @@ BAD_INPUT = 2
 def guard(action: Callable[[], int | None]) -> int:
     """Run a command line; returns its exit status.
 
-    Bad input is one message and 2; too little memory, a bad number or a lost rank, one and 1. A run
-    that was asked to stop, and has saved, is one line and 75; Ctrl-C elsewhere is 130. Other errors
+    Bad input is one message and 2; too little memory or disk, bad numbers or a lost rank, one and 1.
+    A run that was asked to stop, and has saved, is one line and 75; Ctrl-C elsewhere is 130. Others
     pass, except under a launcher, where they are printed and give 1, because ranks must leave by
     `leave`.
     """
     try:
         return action() or 0
-    except (UsageError, OutOfMemory, RankLost, FloatingPointError) as error:
+    except (UsageError, OutOfMemory, SaveError, RankLost, FloatingPointError) as error:
         if wants_traceback():
             traceback.print_exc()
         print(f"geon: error: {error}", file=sys.stderr, flush=True)

@@ -157,6 +157,23 @@ class Baseline(EntryRule):
         step(**({"hessian": [given[param] for param in members]} if given is not None else {}))
         group["numbers"] = {k: v for k, v in inner.items() if k not in ("params", "lr")}
 
+    def counted(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers of a param group that the other package's optimizer changed, such as a count."""
+        optimizer = self._optimizers.get(group["name"])
+        begun = optimizer.defaults if optimizer is not None else {}
+        numbers = group.get("numbers", {})
+        return {k: v for k, v in numbers.items() if k not in begun or begun[k] != v}
+
+    @torch.enable_grad()
+    def example(self, param: Tensor) -> State:
+        """State of one step of a copy of a parameter: what kinds of objects it is made of."""
+        copy = torch.nn.Parameter(param.detach().clone())
+        optimizer: Any = self.start([copy], 1e-3)
+        copy.grad = torch.zeros_like(copy)
+        given = {"hessian": [torch.zeros_like(copy)]} if self.origin.curvature_every else {}
+        optimizer.step(**given)
+        return dict(optimizer.state[copy])
+
     def describe(self) -> str:
         """Describe the rule in one line, for tables."""
         settings = {**self.origin.settings, **self.options}

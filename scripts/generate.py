@@ -11,7 +11,7 @@ from geon.data import Codec, load_codec
 from geon.engine import checkpoint
 from geon.engine.sample import sample
 from geon.errors import UsageError
-from geon.models import MODELS, LanguageModel, ModelShape
+from geon.models import LanguageModel
 
 
 def load(path: Path, device: str) -> tuple[LanguageModel, Codec]:
@@ -20,19 +20,21 @@ def load(path: Path, device: str) -> tuple[LanguageModel, Codec]:
     Raises:
         UsageError: no committed checkpoint there, or one whose text has no codec.
     """
-    found = checkpoint.find(path)
+    found, facts, _ = checkpoint.newest_sound(path, fall_back=False)
     if found is None:
         raise UsageError(f"'{path}' holds no committed checkpoint (give a run folder)")
-    facts = checkpoint.read_commit(found)
     if facts["codec"] is None:
         raise UsageError(f"'{found}' was trained on token ids whose text is not known (data=bins)")
-    shape = dict(facts["model"])
-    arch = shape.pop("arch")
-    with torch.device("meta"):
-        model = MODELS[arch](ModelShape(**shape))
+    model = checkpoint.model_of(found, facts)
     model.to_empty(device=device)
     checkpoint.load_weights(found, model)
-    return model.eval(), load_codec(facts["codec"])
+    try:
+        codec = load_codec(facts["codec"])
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the tokenizers package makes of another text
+        raise UsageError(f"'{found}' holds no tokenizer that can be read: {error}") from None
+    return model.eval(), codec
 
 
 def main(arguments: list[str] | None = None) -> int:

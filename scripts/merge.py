@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         config = config_of(args.run)
-        found = checkpoint.committed(args.run / "checkpoints")
+        found = checkpoint.candidates(args.run / "checkpoints")[::-1]
         if args.last < 1 or len(found) < args.last:
             raise UsageError(
                 f"--last {args.last}: '{args.run}' holds {len(found)} committed checkpoints "
