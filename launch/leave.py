@@ -16,7 +16,7 @@ BAD_INPUT = 2
 def guard(action: Callable[[], int | None]) -> int:
     """Run a command line; returns its exit status.
 
-    Bad input is one message and 2; too little memory or disk, bad numbers or a lost rank, one and 1.
+    Bad input is one message and 2; too little memory or disk, bad numbers, a lost rank: one and 1.
     A run that was asked to stop, and has saved, is one line and 75; Ctrl-C elsewhere is 130. Others
     pass, except under a launcher, where they are printed and give 1, because ranks must leave by
     `leave`.
