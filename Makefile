@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu lint types format bench-solver bench-step bench-drift
 .PHONY: bench-sharding bench-train bench-gpu profile coord-check transfer leaderboard batch-sweep
-.PHONY: finetune chaos clean
+.PHONY: finetune chaos fuzz clean
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -110,6 +110,9 @@ finetune: .venv/dev ## a pretrained Llama fine-tuned by each recipe, 41 minutes 
 
 chaos: .venv/run ## kill ranks of a real run at random, and hold it against one that nobody killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.chaos $(BENCH)
+
+fuzz: .venv/run ## bad command lines in bulk: each must be a run, or one line; BENCH='--count 200'
+	$(BIN)/python -m geon.scripts.fuzz $(BENCH)
 
 clean: ## remove caches, keep .venv and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typing build dist *.egg-info

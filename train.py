@@ -3,8 +3,6 @@
 Hydra composes the config, the schema checks it, the engine runs it.
 """
 
-import hashlib
-import re
 import sys
 
 from geon.launch import signals
@@ -18,46 +16,55 @@ if __name__ == "__main__":  # before the imports below, which take a second and 
 
 # ruff: noqa: E402
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
 
-from geon.configs.check import check_overrides, resolve
 from geon.configs.schema import register
+from geon.launch.arguments import Arguments, read_arguments
+from geon.launch.compose import compose, jobs
 from geon.launch.env import read_env
 
 
-def job_name(name: str, overrides: str) -> str:
-    """Run name of one job of a multirun: told apart by its overrides, cut but still unique."""
-    told = re.sub(r"[^A-Za-z0-9._=,+-]", "-", overrides)
-    if len(told) > 60:
-        told = f"{told[:50]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
-    return f"{name[:60]}-{told}"
-
-
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(composed: DictConfig) -> None:
-    """Run one job."""
+def printed(_: object) -> None:
+    """Stand for the program where Hydra prints help or a config."""
 
-    def run() -> None:
-        config = resolve(composed)
-        job = HydraConfig.get()
-        if job.mode is RunMode.MULTIRUN:
-            config.name = job_name(config.name, job.job.override_dirname)
-        env = read_env()
-        from geon.engine.main import execute
 
+def run(told: Arguments) -> None:
+    """Compose and check everything that is asked for, then run it."""
+    if not told.multirun:
+        configs = [compose(told.overrides, "train", told.folder)]
+    else:
+        configs = []
+        for point, overrides in jobs(told.overrides, told.folder):
+            configs.append(compose(overrides, "train", told.folder))
+            configs[-1].name = compose([*overrides, f"name='{configs[-1].name}-{point}'"]).name
+    env = read_env()
+    from geon.engine.main import execute
+
+    for config in configs:
         execute(config, env)
 
-    if status := guard(run):
-        leave(status)
+
+def main(arguments: list[str]) -> int:
+    """Command line; returns the exit status."""
+    # The deepspeed launcher tells the local rank twice: as an argument, and by LOCAL_RANK.
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]
+    told = None
+
+    def act() -> None:
+        nonlocal told
+        told = read_arguments(arguments)
+        if told.prints:
+            compose(told.overrides, folder=told.folder)
+        else:
+            run(told)
+
+    status = guard(act)
+    if told is not None and told.prints and not status:
+        register()
+        sys.argv[1:] = arguments
+        printed()
+    return status
 
 
 if __name__ == "__main__":
-    register()
-    # The deepspeed launcher tells the local rank twice: as an argument, and by LOCAL_RANK.
-    sys.argv = [a for a in sys.argv if not a.startswith("--local_rank")]
-    if status := guard(lambda: check_overrides(sys.argv[1:])):
-        leave(status)
-    main()
-    leave(0)
+    leave(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from geon.configs.choices import Idle, Init, MomentumDtype, Nonfinite, RuleKind
-from geon.errors import UsageError, nearest
+from geon.errors import UsageError, nearest, shown
 
 ROOT = Path(__file__).resolve().parent / "optim"
 MISSING: Any = "???"
@@ -202,10 +202,14 @@ def fill(schema: type[T], content: Any, prefix: str = "") -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{prefix.rstrip('.')} must be a mapping, got {shown(repr(content))}")
     try:
         filled: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
+    except RecursionError:
+        raise UsageError("config: keys that refer to each other (${...}) have no value") from None
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+        reason = shown(str(error).splitlines()[0], 400)
         key = f"{prefix}{error.full_key}" if error.full_key else prefix.rstrip(".")
         own = [prefix + k for k in keys(schema)]
         hint = "" if key in own else nearest(key, own)

@@ -1,6 +1,7 @@
 """The shape of every config: one dataclass a group. Yaml files fill them; nothing else exists."""
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -295,6 +296,7 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
+@cache
 def register() -> None:
     """Make the schema known to Hydra, under the name that configs/train.yaml starts from."""
     ConfigStore.instance().store(name="schema", node=Config)

@@ -24,8 +24,13 @@ def write_bin(path: str | Path, tokens: np.ndarray) -> None:
     """Write one shard.
 
     Raises:
-        UsageError: an id that uint16 cannot hold.
+        UsageError: an id that uint16 cannot hold, or tokens that are no list of whole numbers.
     """
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UsageError(
+            f"tokens for '{path}' are {tokens.dtype} of shape {tokens.shape}: give one row of "
+            "whole numbers"
+        )
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**16:
         raise UsageError(
             f"token ids {tokens.min()} to {tokens.max()} do not fit the uint16 of '{path}'"
@@ -151,7 +156,10 @@ def _tokens_promised(path: Path, size: int, start: bytes, key: str) -> int:
         )
     magic, version, count = (int(x) for x in np.frombuffer(start, dtype="<i4", count=3))
     if magic != MAGIC:
-        raise UsageError(f"'{path}' starts with {magic}, not the magic {MAGIC} of a shard ({key})")
+        raise UsageError(
+            f"'{path}' starts with {magic}, not the magic {MAGIC} of a shard ({key}): ids "
+            "without a header, as nanoGPT's, become a shard by geon.data.write_bin"
+        )
     if version != VERSION:
         raise UsageError(f"'{path}' is of version {version}, expected {VERSION} ({key})")
     expected = HEADER_BYTES + 2 * count

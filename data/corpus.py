@@ -200,7 +200,7 @@ def _read_texts(path: str) -> dict[str, bytes]:
     try:
         if not root.exists():
             raise UsageError(f"data.path '{path}' does not exist (looked in {Path.cwd()})")
-        files = [root] if root.is_file() else _files_below(root)
+        files = [root] if root.is_file() else _files(root, path)
     except OSError as error:
         raise _unreadable(error, root) from None
     texts: dict[str, bytes] = {}
@@ -208,6 +208,11 @@ def _read_texts(path: str) -> dict[str, bytes]:
         relative = file.relative_to(root)
         if any(part.startswith(".") for part in relative.parts):
             continue
+        if file.suffix == ".jsonl":
+            raise UsageError(
+                f"'{file}' holds JSON lines, whose signs would be trained on: write the texts "
+                "alone to a file for data.path"
+            )
         raw = _read_bytes(file)
         try:
             raw.decode("utf-8")
@@ -218,8 +223,26 @@ def _read_texts(path: str) -> dict[str, bytes]:
             ) from None
         texts[str(relative)] = raw
     if not texts:
-        raise UsageError(f"data.path '{path}' holds no files")
+        raise UsageError(
+            f"data.path '{path}' holds no files (hidden ones, and links to folders, are left out)"
+        )
     return texts
+
+
+def _files(root: Path, path: str, most: int = 100_000, most_bytes: int = 1 << 34) -> list[Path]:
+    """Files below a folder, by name, where they may fit in memory.
+
+    Raises:
+        UsageError: too many or too large.
+        OSError: as `_files_below`.
+    """
+    files = _files_below(root)
+    if len(files) > most or sum(file.stat().st_size for file in files) > most_bytes:
+        raise UsageError(
+            f"data.path '{path}' holds more than {most} files or {most_bytes >> 30} GiB of "
+            "text, which is kept in memory: tokenise it into shards for data=bins"
+        )
+    return files
 
 
 def join_split(texts: dict[str, bytes], val_percent: float) -> tuple[bytes, bytes]:

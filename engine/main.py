@@ -13,17 +13,16 @@ from omegaconf import OmegaConf
 
 from geon.configs.schema import Config, Mode
 from geon.engine import build, checkpoint, fitting, planning, runfolder, writing
-from geon.engine.backends import check_deepspeed
 from geon.engine.callbacks import Compilation, Evaluator, Progress, Spectrum, write_json
 from geon.engine.checkpointer import Checkpointer
+from geon.engine.checks import check, check_launched
 from geon.engine.curvature import Curvature
 from geon.engine.devices import pick_device
-from geon.engine.evaluate import val_windows
 from geon.engine.exhaustion import explained
 from geon.engine.geometry import Geometry, RecordPairs
 from geon.engine.health import check_health
-from geon.engine.loggers import check_loggers, open_loggers
-from geon.engine.parallel import Parallel, check_layout, start
+from geon.engine.loggers import open_loggers
+from geon.engine.parallel import Parallel, start
 from geon.engine.preemption import Preemption
 from geon.engine.report import Report
 from geon.engine.trainer import Callback, Trainer
@@ -43,7 +42,9 @@ def execute(config: Config, env: Env) -> None:
     """
     if config.mode is Mode.plan:
         if env.main:
-            print(planning.report_plan(config, config.plan.world_size or env.world))
+            world = config.plan.world_size or env.world
+            print(planning.report_plan(config, world), flush=True)
+            check(config, world)
         return
     train(config, env)
 
@@ -69,26 +70,19 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
     Raises:
         UsageError: as `execute` does.
     """
-    check_layout(config.parallel, config.model, env.world)
-    check_loggers(config.logger)
-    corpus = build.make_corpus(config.data, config.seed)
-    batches = build.make_batches(config, corpus, env.rank, env.world)
-    val_windows(corpus, config.model.context, config.data.val_tokens)
-    model = build.make_model(config.model)
+    check_launched(config, env.launched)
     place = pick_device(config.device, env.local_rank, config.parallel.share_gpu)
-    half = build.native_half(config, place.type)
-    routing = build.make_routing(model, config.optim, half)
-    build.check_cuts(routing, config.parallel)
-    check_deepspeed(config, routing)
+    checked = check(config, env.world, env.rank, place.type)
+    model, routing = checked.model, checked.routing
     check_health(config, routing)
     parallel = start(config.parallel, config.device, env)
     resume = _agreed_resume(config, build.fingerprint(model), parallel)
     plan = planning.plan_ahead(config, model, routing, env.world)
     memory = fitting.fit(config, model, routing, plan, parallel)
-    batches = replace(batches, micro=memory.micro_batch)
+    batches = replace(checked.batches, micro=memory.micro_batch)
     parallel.loss_chunks = memory.loss_chunks
     with explained(config, memory, env.rank, "building the model"):
-        run = build.build(config, parallel, corpus, batches, model, routing)
+        run = build.build(config, parallel, checked.corpus, batches, model, routing)
     run.predicted = memory
     folder = Path(config.output) / config.name
     trainer = Trainer(run, folder, callbacks)
@@ -190,7 +184,10 @@ def _prepare_folder(trainer: Trainer, resume: Path | None) -> None:
         runfolder.drop_after(folder, trainer.step)
     elif (aside := runfolder.move_aside(folder)) is not None:
         print(f"moved the earlier run to {aside}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output '{run.config.output}': {error}") from None
     settings = plain(asdict(run.config))
     OmegaConf.save(OmegaConf.create(settings), folder / runfolder.CONFIG)
     assert run.predicted is not None

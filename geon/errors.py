@@ -44,3 +44,9 @@ class Preempted(Exception):
 
 class SaveError(Exception):
     """A checkpoint could not be written: the message says why, and the bytes needed and free."""
+
+
+def shown(text: str, most: int = 120) -> str:
+    """A text of the user's in one printable line, cut where it is long."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= most else f"{line[:most]}..."

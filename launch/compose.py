@@ -1,31 +1,94 @@
-"""Composing configs outside `train.py`. Hydra is imported lazily: `--help` stays fast."""
+"""Composing configs from what was typed. Hydra is imported lazily: `--help` stays fast."""
 
+import itertools
+import json
+import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geon.errors import UsageError
+from geon.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from geon.configs.schema import Config
 
+MOST_JOBS = 1000
+"""Jobs of a multirun: a slip in a range makes millions."""
 
-def compose(overrides: Sequence[str]) -> "Config":
+
+def compose(overrides: Sequence[str], program: str = "", folder: Path | None = None) -> "Config":
     """Config that train.py composes from the same overrides.
 
+    program: train, sweep or slurm: also refuse what this one does not read. Empty does not.
+    folder: of the user's own config files.
+
     Raises:
-        UsageError: an unknown key or option, or a value of the wrong type or range.
+        UsageError: an unknown key or option, a value of the wrong type or range, or one without
+            effect.
     """
     import hydra
-    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
 
-    from geon.configs import check, schema
+    from geon.configs import check, effects, schema
+    from geon.configs import overrides as typed
+    from geon.configs.folder import check_folder
 
     schema.register()
+    if folder:
+        check_folder(folder)
+    told = check.check_overrides(overrides, folder)
+    if several := [one for one in told if one.is_sweep_override()]:
+        raise UsageError(
+            f"'{shown(several[0].input_line or '')}' gives several values: start one job for each "
+            "with -m, or put the value in quotes where it is one text"
+        )
+    words = [typed.as_text(one) for one in told]
+    if folder:
+        words.append(f"hydra.searchpath=[{json.dumps(f'file://{folder.resolve()}')}]")
     try:
-        check.check_overrides(overrides)
         with hydra.initialize_config_dir(str(check.ROOT), version_base="1.3"):
-            composed = hydra.compose("train", overrides=list(overrides))
-    except HydraException as error:
-        reasons = [str(e).splitlines()[0] for e in (error, error.__cause__) if e and e.args]
-        raise UsageError(f"config: {': '.join(dict.fromkeys(reasons))}") from None
-    return check.resolve(composed)
+            composed = hydra.compose("train", overrides=words)
+    except Exception as error:  # of Hydra, omegaconf, yaml: whatever reading what was typed meets
+        raise UsageError(f"config: {_reasons(error)}") from None
+    config = check.resolve(composed)
+    if program:
+        raw = OmegaConf.to_container(composed, resolve=False)
+        effects.check_effects(config, told, raw, program)
+    return config
+
+
+def _reasons(error: BaseException) -> str:
+    """What Hydra and the error behind its own say, in one line."""
+    told = [str(e).strip() for e in (error, error.__cause__) if e is not None]
+    lines = [text.splitlines()[0].rstrip(".") for text in told if text] or [type(error).__name__]
+    return shown(": ".join(dict.fromkeys(lines)), 400)
+
+
+def jobs(overrides: Sequence[str], folder: Path | None = None) -> list[tuple[str, list[str]]]:
+    """Jobs of a multirun: what tells each apart, and its overrides.
+
+    Raises:
+        UsageError: no key has several values, or there are too many jobs.
+    """
+    from geon.configs.overrides import check_overrides, sweep_texts
+
+    told = check_overrides(overrides, folder)
+    swept = {one.key_or_group: sweep_texts(one) for one in told if one.is_sweep_override()}
+    if not swept:
+        raise UsageError("-m starts several jobs: give a key several values, e.g. seed=0,1")
+    if math.prod(map(len, swept.values())) > MOST_JOBS:
+        raise UsageError(f"-m: the values of {', '.join(swept)} make more than {MOST_JOBS} jobs")
+    fixed = [one.input_line or "" for one in told if one.key_or_group not in swept]
+    return [
+        (_told(list(swept), point), [*fixed, *map("=".join, zip(swept, point, strict=True))])
+        for point in itertools.product(*swept.values())
+    ]
+
+
+def _told(keys: Sequence[str], point: Sequence[str]) -> str:
+    """What tells a job apart: its swept keys, by their last part where that is unique."""
+    last = [re.split(r"[./]", key)[-1] for key in keys]
+    shorts = [s if last.count(s) == 1 else key for s, key in zip(last, keys, strict=True)]
+    pairs = (f"{short}={value}" for short, value in zip(shorts, point, strict=True))
+    return re.sub(r"[^A-Za-z0-9._=,+-]", "-", ",".join(pairs))

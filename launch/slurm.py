@@ -18,6 +18,7 @@ from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.leave import guard
 from geon.launch.local import ROOT, SIGNALS
+from geon.launch.preflight import Start, check_jobs
 
 if TYPE_CHECKING:
     from geon.configs.schema import ClusterConfig, Config
@@ -77,7 +78,7 @@ def render(config: "Config", overrides: Sequence[str]) -> str:
     """
     cluster = config.cluster
     check_cluster(cluster)
-    rest = [text for text in overrides if not re.match(r"[+~]*cluster[.=@]", text)]
+    rest = job_overrides(overrides)
     return _TEMPLATE.format(
         directives="\n".join(f"#SBATCH --{line}" for line in _directives(config)),
         setup=f"{cluster.setup.rstrip()}\n\n" if cluster.setup.strip() else "",
@@ -101,6 +102,11 @@ def _saving() -> str:
     except (metadata.PackageNotFoundError, ValueError):
         known = False
     return f" --shutdown-timeout={_SAVING}" if known else ""
+
+
+def job_overrides(overrides: Sequence[str]) -> list[str]:
+    """What train.py is given: all but the cluster's."""
+    return [text for text in overrides if not re.match(r"[+~]*cluster[.=@]", text)]
 
 
 def check_cluster(cluster: "ClusterConfig") -> None:
@@ -174,7 +180,10 @@ def main(arguments: Sequence[str]) -> int:
     told = parser.parse_intermixed_args(arguments)
 
     def act() -> int:
-        script = render(compose(told.overrides), told.overrides)
+        config = compose(told.overrides, "slurm")
+        script = render(config, told.overrides)
+        ranks = config.cluster.nodes * config.cluster.ranks_per_node
+        check_jobs([Start(job_overrides(told.overrides), ranks)])
         if told.dry_run:
             print(script, end="")
             return 0

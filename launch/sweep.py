@@ -25,6 +25,7 @@ from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.leave import guard
 from geon.launch.local import command
+from geon.launch.preflight import Start, check_jobs
 
 if TYPE_CHECKING:
     from geon.configs.schema import Config
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _LOG_LINES = 12
 _POLL_SECONDS = 0.2
 _OF_SWEEP = re.compile(r"[+~]*sweep[.=]")
+_OF_CLUSTER = re.compile(r"[+~]*cluster[.=]")
 _RESULT_DEPENDS_ON = ("seed", "model", "optim", "data", "schedule")
 
 
@@ -120,6 +122,7 @@ def make_job(sweep: "Config", overrides: Sequence[str], arm: str, point: Mapping
     except UsageError as error:
         place = f"arm {arm} at " if arm else ""
         raise UsageError(f"sweep.grid at {place}{', '.join(settings)}: {error}") from None
+    arguments = [text for text in arguments if not _OF_CLUSTER.match(text)]
     job = Job(
         arm, dict(point), name, arguments, config.cluster.ranks_per_node, Path(config.output) / name
     )
@@ -263,6 +266,7 @@ def sweep(overrides: Sequence[str], dry_run: bool = False) -> int:
         raise UsageError(f"cluster.nodes must be 1 for a sweep, got {config.cluster.nodes}")
     jobs = expand(config, overrides)
     left = [job for job in jobs if job.report is None]
+    check_jobs([Start(job.arguments, job.ranks, job.ranks > 1) for job in left])
     for job in jobs:
         if dry_run:
             print("to run   " if job in left else "finished ", job.name)

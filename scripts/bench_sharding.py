@@ -48,6 +48,7 @@ from geon.optim.shard import MACHINES, Job, Plan
 from geon.optim.shard.sharding import CHOICES, OBJECTIVES
 from geon.scripts.bench_layouts import CONFIGS, LR, Bench, counted, draw, make_model
 from geon.scripts.bench_solver import check_output
+from geon.scripts.flags import number, whole
 
 STEPS, ACCUMULATION = 10, 2
 
@@ -273,13 +274,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the bench on the ranks that torchrun started."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write all rows here")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=192, help="a multiple of 16 x ranks")
+    parser.add_argument("--layers", type=whole(), default=12)
+    parser.add_argument("--width", type=whole(), default=192, help="a multiple of 16 x ranks")
     parser.add_argument("--layouts", nargs="+", default=["ddp", "fsdp", "tp"], choices=CONFIGS)
     parser.add_argument("--transports", nargs="+", default=CHOICES, choices=CHOICES)
     parser.add_argument("--objective", default="time", choices=OBJECTIVES)
-    parser.add_argument("--buffer-mb", type=float, default=64.0)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--buffer-mb", type=number(), default=64.0)
+    parser.add_argument("--repeats", type=whole(), default=9)
     parser.add_argument("--half", action="store_true", help="Muon in bf16, bf16 wire")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--no-errors", action="store_true", help="times and bytes alone")

@@ -37,6 +37,7 @@ from geon.scripts.bench_problems import (
     random_problems,
     reference,
 )
+from geon.scripts.flags import whole
 
 Row = dict[str, Any]
 RATIOS, WIDE = "1,1.25,2,4,8", "4"
@@ -290,16 +291,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="also write the rows there")
     add("--solvers", default="", help="names or labels, such as oneshot,lgm-gram-fp32; all if none")
     add("--cases", default=",".join(CASES), help="random momenta: %(default)s")
-    add("--size", type=int, default=128, help="short side of random cases (%(default)s)")
+    add("--size", type=whole(), default=128, help="short side of random cases (%(default)s)")
     add("--ratios", help=f"long/short of tall random cases ({RATIOS}, likewise)")
     add("--wide", help=f"long/short of wide ones ({WIDE}, where no other shapes are asked for)")
     add("--shape", action="append", default=[], metavar="768x3072", help="d_out x d_in; repeatable")
-    add("--seeds", type=int, default=3, help="random problems of each kind (%(default)s)")
+    add("--seeds", type=whole(), default=3, help="random problems of each kind (%(default)s)")
     add("--pairs", type=Path, metavar="FILE", help="torch file {name: [(step, W, momentum), ...]}")
-    add("--batch", type=int, default=1, help="equal problems in a timed step (%(default)s)")
-    add("--repeats", type=int, default=9, help="timings of a step (%(default)s)")
+    add("--batch", type=whole(), default=1, help="equal problems in a timed step (%(default)s)")
+    add("--repeats", type=whole(), default=9, help="timings of a step (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--threads", type=int, default=0, help="of a CPU; 0 leaves torch's choice")
+    add("--threads", type=whole(0), default=0, help="of a CPU; 0 leaves torch's choice")
     add("--no-rho", action="store_true", help="skip the fp64 optimum: for large shapes")
     add("--published-own-settings", action="store_true",
         help="time the published solver, as published, beside lgm")  # fmt: skip

@@ -37,6 +37,7 @@ from geon.optim import (
 from geon.optim.linalg import ieee_products
 from geon.scripts import bench_step_rules
 from geon.scripts.bench_solver import check_output, facts, meta, pick_device
+from geon.scripts.flags import number, whole
 
 MUON, OURS = "muon", "manifold muon"
 RULES = {
@@ -166,11 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--layers", type=int, default=12)
-    add("--width", type=int, default=768)
-    add("--repeats", type=int, default=3, help="steps after one to warm up (%(default)s)")
-    add("--drift", type=int, default=0, metavar="STEPS", help="follow one weight instead")
-    add("--angle", type=float, default=0.03, help="of each of those steps (%(default)s radians)")
+    add("--layers", type=whole(), default=12)
+    add("--width", type=whole(), default=768)
+    add("--repeats", type=whole(), default=3, help="steps after one to warm up (%(default)s)")
+    add("--drift", type=whole(0), default=0, metavar="STEPS", help="follow one weight instead")
+    add("--angle", type=number(), default=0.03, help="of each of those steps (%(default)s radians)")
     add(
         "--shapes",
         nargs="?",
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--dion", type=Path, metavar="PATH", help="--shapes: a checkout of microsoft/dion")
     add("--device", choices=("auto", "cpu", "cuda"), default="cpu")
-    add("--threads", type=int, default=0, help="of a CPU; 0 leaves torch's choice")
+    add("--threads", type=whole(0), default=0, help="of a CPU; 0 leaves torch's choice")
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     args = parser.parse_args(arguments)
     args.told = sys.argv[1:] if arguments is None else list(arguments)

@@ -38,6 +38,7 @@ from geon.errors import UsageError
 from geon.launch.leave import guard, leave
 from geon.scripts.bench_loop import PHASES, seconds, wait, watched
 from geon.scripts.bench_solver import check_output, meta
+from geon.scripts.flags import whole
 
 
 def peak_memory(device: torch.device) -> int:
@@ -138,9 +139,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("overrides", nargs="*", help="of train.py")
-    add("--steps", type=int, default=10, help="that are measured (%(default)s)")
-    add("--warmup", type=int, default=3, help="steps before them, besides the first (%(default)s)")
-    add("--rounds", type=int, default=5, help="pairs of step and plain loop (%(default)s)")
+    add("--steps", type=whole(), default=10, help="that are measured (%(default)s)")
+    add(
+        "--warmup",
+        type=whole(0),
+        default=3,
+        help="steps before them, besides the first (%(default)s)",
+    )
+    add("--rounds", type=whole(), default=5, help="pairs of step and plain loop (%(default)s)")
     add(
         "--track3", metavar="TOKENS_PER_SECOND", help="of the speedrun's trainer; 1.165s: of a step"
     )

@@ -33,6 +33,7 @@ from geon.launch.compose import compose
 from geon.launch.leave import guard
 from geon.models import LanguageModel
 from geon.scripts import studies
+from geon.scripts.flags import whole
 
 BASE = [
     "model.n_layer=2",
@@ -211,9 +212,9 @@ def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m geon.scripts.coord_check", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for every arm")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--widths", nargs="+", type=whole(), default=list(WIDTHS))
+    parser.add_argument("--seeds", nargs="+", type=whole(0), default=list(SEEDS))
+    parser.add_argument("--updates", type=whole(), default=UPDATES)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--draw", action="store_true", help="only draw, from the result file")
     told = parser.parse_intermixed_args(arguments)

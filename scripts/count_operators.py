@@ -30,6 +30,7 @@ from geon.engine.parallel import Parallel
 from geon.launch.compose import compose
 from geon.launch.env import Env
 from geon.optim import HybridOptimizer
+from geon.scripts.flags import whole
 
 VIEWS = frozenset(
     [
@@ -159,9 +160,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", default=["muon", "hybrid", "normuon"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=0, help="also time so many steps")
+    parser.add_argument("--layers", type=whole(), default=12)
+    parser.add_argument("--width", type=whole(), default=64)
+    parser.add_argument("--repeats", type=whole(0), default=0, help="also time so many steps")
     parser.add_argument("--nonfinite", default="raise", help="raise, skip or ignore")
     parser.add_argument("--verbose", action="store_true", help="list operators and files")
     parser.add_argument("--json", type=Path)

@@ -31,6 +31,7 @@ from geon.scripts import finetune_base as start
 from geon.scripts import studies
 from geon.scripts.bench_solver import check_output
 from geon.scripts.finetune_base import Size, kept
+from geon.scripts.flags import whole
 
 Row = dict[str, Any]
 OCTAVES = (-2, -1, 0, 1, 2, 3)
@@ -226,10 +227,10 @@ def run(arguments: Sequence[str]) -> int:
     add("--json", type=Path, metavar="FILE", help="also write the rows there")
     add("--output", type=Path, default=Path("runs/finetune"), help="models and runs (%(default)s)")
     add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="all if none")
-    add("--seeds", type=int, default=3, help="at the best point (%(default)s)")
+    add("--seeds", type=whole(), default=3, help="at the best point (%(default)s)")
     for field in fields(Size):
         option = f"--{field.name.replace('_', '-')}"
-        add(option, type=int, default=field.default, help="%(default)s")
+        add(option, type=whole(0), default=field.default, help="%(default)s")
     told = parser.parse_args(arguments)
     check_output(told.json)
     size = Size(**{field.name: getattr(told, field.name) for field in fields(Size)})

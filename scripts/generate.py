@@ -9,6 +9,7 @@ import torch
 
 from geon.data import Codec, load_codec
 from geon.engine import checkpoint
+from geon.engine.devices import pick_device
 from geon.engine.sample import sample
 from geon.errors import UsageError
 from geon.models import LanguageModel
@@ -37,6 +38,22 @@ def load(path: Path, device: str) -> tuple[LanguageModel, Codec]:
     return model.eval(), codec
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags out of range, naming the flag."""
+    if not args.prompt:
+        raise UsageError("--prompt must not be empty")
+    if args.temperature != 0 and not 0.001 <= args.temperature <= 1000:
+        raise UsageError(
+            f"--temperature must be 0, or between 0.001 and 1000, got {args.temperature}"
+        )
+    limits = (("tokens", 10**7), ("top_k", 2**31), ("seed", 2**63 - 1))
+    for name, most in limits:
+        if not 0 <= getattr(args, name) <= most:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} must be between 0 and {most}, got {getattr(args, name)}")
+    pick_device(args.device, 0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -49,10 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     try:
-        if not args.prompt:
-            raise UsageError("--prompt must not be empty")
-        if args.temperature < 0:
-            raise UsageError(f"--temperature must not be negative, got {args.temperature}")
+        _check(args)
         model, codec = load(args.run, args.device)
     except UsageError as error:
         print(f"geon: error: {error}", file=sys.stderr)

@@ -24,6 +24,7 @@ from geon.launch.leave import guard, leave
 from geon.scripts.bench_loop import wait, watched
 from geon.scripts.bench_solver import check_output
 from geon.scripts.count_operators import is_kernel
+from geon.scripts.flags import whole
 
 WARM = 3
 Row = dict[str, Any]
@@ -93,8 +94,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("overrides", nargs="*", help="of train.py")
-    add("--steps", type=int, default=3, help="that are profiled (%(default)s)")
-    add("--rows", type=int, default=25, help="of each table (%(default)s)")
+    add("--steps", type=whole(), default=3, help="that are profiled (%(default)s)")
+    add("--rows", type=whole(), default=25, help="of each table (%(default)s)")
     add("--trace", type=Path, metavar="FILE", help="write the traces there (main rank)")
     told = parser.parse_intermixed_args(arguments)
     for option in ("steps", "rows"):
@@ -107,16 +108,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         raise UsageError("parallel=deepspeed steps its optimizer itself: choose another layout")
     for _ in range(WARM):
         one.step()
-    whole = profiled(one.step, told.steps, parallel.device)
+    traced = profiled(one.step, told.steps, parallel.device)
     one.gradients()
     optimizer.step()
     alone = profiled(optimizer.step, told.steps, parallel.device)
     if not parallel.env.main:
         return 0
-    report(whole, "training step", told, parallel.device)
+    report(traced, "training step", told, parallel.device)
     report(alone, "optimizer step", told, parallel.device)
     if told.trace:
-        whole.export_chrome_trace(str(told.trace))
+        traced.export_chrome_trace(str(told.trace))
         alone.export_chrome_trace(str(told.trace.with_suffix(".optimizer.json")))
     return 0
 

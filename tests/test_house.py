@@ -145,7 +145,7 @@ OTHERS = {
     "optim": "torch",
     "models": "torch",
     "data": "torch numpy",
-    "configs": "hydra omegaconf",
+    "configs": "hydra omegaconf yaml",
     "engine": "torch numpy omegaconf tqdm",
     "launch": "",
     "train.py": "hydra omegaconf",

@@ -16,7 +16,7 @@ from tests.distributed.test_checkpoints import HALF, cut_back
 pytestmark = pytest.mark.dist
 
 TEXT = ["data=text", f"data.path={ROOT / 'docs' / 'theory.md'}", "data.vocab_size=256"]
-TEXT += ["data.tokens=0", "data.batch_tokens=2048", *EXACT]
+TEXT += ["data.batch_tokens=2048", *EXACT]
 LAYOUTS = {
     "ddp": [],
     "fsdp": [],
@@ -31,7 +31,7 @@ OPTIMS = {"hybrid": [], "manifold_muon": ["optim.lr=0.002"]}
 
 def job(folder, name, device, ranks, layout, optim, *more):
     options = [f"parallel={layout}", f"optim={optim}", *OPTIMS[optim], *TEXT]
-    options += on_device(device, ranks)
+    options += [*on_device(device, ranks), *(["shard.wire=fp32"] if layout != "single" else [])]
     # Four heads, so that four tensor ranks have one each.
     return train(folder, name, ranks, *options, "model.n_head=4", *LAYOUTS.get(layout, []), *more)
 

@@ -194,7 +194,7 @@ REFUSED = [
     (["optim.hidden.manifold=stifel"], "Did you mean 'stiefel'?"),
     (["checkpoint.resume=/does/not/exist"], "holds no committed checkpoint"),
     (["data.tokens=100"], "do not fill one window of model.context 64"),
-    (["logger.wandb_mode=on"], "logger.wandb_mode 'on' is not one of"),
+    (["logger.wandb_mode=on"], "logger.wandb_mode must be one of"),
     (["name=../escape"], "it names a folder"),
     (["+optim.hidden.lrr=1"], "Did you mean 'optim.hidden.lr'?"),
 ]

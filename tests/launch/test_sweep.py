@@ -114,7 +114,7 @@ def test_places_share_threads_and_gpus():
 
 
 def test_dry_run_lists_command_lines_and_runs_nothing(tmp_path, capsys):
-    told = overrides(tmp_path, "{optim.lr:[0.01]}", "cluster.ranks_per_node=2")
+    told = overrides(tmp_path, "{optim.lr:[0.01]}", "cluster.ranks_per_node=2", "parallel=ddp")
     assert sweep.main([*told, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "to run    run-lr=0.01,seed=0" in out
@@ -130,28 +130,33 @@ def run_sweep(told):
 
 @pytest.mark.dist
 def test_a_failure_stops_no_other_job_and_a_second_sweep_runs_only_what_is_left(tmp_path):
-    grid = "{optim.lr:[0.01],data.micro_batch:[7,0]}"
-    first = run_sweep(overrides(tmp_path, grid, "sweep.parallel_jobs=2"))
-    bad, good = "run-lr=0.01,seed=0,micro_batch=7", "run-lr=0.01,seed=0,micro_batch=0"
+    bad, good = "run-lr=1e+30,seed=0", "run-lr=0.01,seed=0"
+    grid = "{optim.lr:[1e30,0.01]}"
+    first = run_sweep(overrides(tmp_path, grid, "sweep.parallel_jobs=2", "optim=adamw"))
     assert first.returncode == 1, first.stderr
-    assert f"job {bad} failed with exit status 2; {tmp_path / bad}.log ends:" in first.stderr
-    assert "data.batch_tokens 256 is not a multiple" in first.stderr
+    assert f"job {bad} failed with exit status 1; {tmp_path / bad}.log ends:" in first.stderr
     report = json.loads((tmp_path / good / "report.json").read_text())
     assert f"{report['val_nats_per_token']:.4f} nats/token" in first.stdout
 
     written = (tmp_path / good / "report.json").stat().st_mtime_ns
-    again = run_sweep(overrides(tmp_path, "{optim.lr:[0.01],data.micro_batch:[0]}"))
+    again = run_sweep(overrides(tmp_path, "{optim.lr:[0.01]}", "optim=adamw"))
     assert again.returncode == 0, again.stderr
     assert f"skipped   {good}: finished before" in again.stdout
     assert "started" not in again.stdout
     assert f"{report['val_nats_per_token']:.4f} nats/token" in again.stdout
     assert (tmp_path / good / "report.json").stat().st_mtime_ns == written
 
-    other = run_sweep(
-        overrides(tmp_path, "{optim.lr:[0.01],data.micro_batch:[0]}", "schedule.steps=3")
-    )
+    other = run_sweep(overrides(tmp_path, "{optim.lr:[0.01]}", "optim=adamw", "schedule.steps=3"))
     assert other.returncode == 2
     assert "finished run with schedule.steps=2, this sweep has 3" in other.stderr
+
+
+def test_a_job_that_cannot_start_is_found_before_any_is_started(tmp_path):
+    done = run_sweep(overrides(tmp_path, "{optim.lr:[0.01],data.micro_batch:[0,7]}"))
+    assert done.returncode == 2
+    assert "micro_batch=7" in done.stderr
+    assert "data.batch_tokens 256 is not a multiple" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.dist

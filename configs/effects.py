@@ -1,0 +1,210 @@
+"""When a key is read: one that is typed and not read is refused, because nothing is silent."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+
+from geon.configs.choices import (
+    Arch,
+    Layouts,
+    Mode,
+    Policy,
+    RuleKind,
+    Shape,
+    Source,
+    TransportChoice,
+)
+from geon.configs.overrides import flat
+from geon.configs.ranges import rules
+from geon.configs.recipes import RuleConfig
+from geon.configs.schema import Config
+from geon.errors import UsageError, shown
+
+SHARDED = (Layouts.fsdp, Layouts.hsdp)
+
+
+@dataclass(frozen=True)
+class When:
+    """A condition of a glob of keys.
+
+    Attributes:
+        words: the condition, for people.
+        read: whether it holds.
+    """
+
+    keys: str
+    words: str
+    read: Callable[[Config], bool]
+
+
+def _source(*sources: Source) -> Callable[[Config], bool]:
+    return lambda c: c.data.source in sources
+
+
+def _layout(*layouts: Layouts) -> Callable[[Config], bool]:
+    return lambda c: c.parallel.layout in layouts
+
+
+def _any_rule(test: Callable[[RuleConfig], bool]) -> Callable[[Config], bool]:
+    return lambda c: any(test(rule) for place, rule in rules(c).items() if _has_members(c, place))
+
+
+def _has_members(config: Config, place: str) -> bool:
+    """Whether the model has parameters of a role; the globs of overrides are read in any case."""
+    model = config.model
+    tied = model.arch is Arch.gpt2
+    vectors = tied or model.gains
+    return {"optim.head": not tied, "optim.tied": tied, "optim.rest": vectors}.get(place, True)
+
+
+def _polar(rule: RuleConfig) -> bool:
+    return rule.rule is RuleKind.steepest and (
+        rule.norm == "spectral" or rule.manifold not in ("euclidean", "oblique", "frobenius_sphere")
+    )
+
+
+def _ladder(rule: RuleConfig) -> bool:
+    return rule.rule is RuleKind.steepest and rule.manifold in ("stiefel", "orthogonal")
+
+
+WHEN = (
+    When("data.path", "data=text", _source(Source.text)),
+    When("data.bpe_vocab", "data=text", _source(Source.text)),
+    When("data.train", "data=bins", _source(Source.bins)),
+    When("data.val", "data=bins", _source(Source.bins)),
+    When("data.tokens", "data=synthetic", _source(Source.synthetic)),
+    When("data.val_percent", "a source that is split: not data=bins",
+         lambda c: c.data.source is not Source.bins),
+    When("model.n_head", "model.head_dim=0", lambda c: not c.model.head_dim),
+    When("model.base_width", "model.mup=true", lambda c: c.model.mup),
+    When("model.rope_base", "model=gpt", lambda c: c.model.arch is Arch.gpt),
+    When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),
+    When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
+    When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),
+    When("parallel.zero", "parallel=deepspeed_z0 to z3", _layout(Layouts.deepspeed)),
+    When("parallel.timeout_seconds", "several ranks: not parallel=single",
+         lambda c: c.parallel.layout is not Layouts.single),
+    When("schedule.steps", "schedule.tokens=0", lambda c: not c.schedule.tokens),
+    When("schedule.decay", "schedule=linear", lambda c: c.schedule.shape is Shape.linear),
+    When("schedule.floor", "schedule=linear or cosine",
+         lambda c: c.schedule.shape is not Shape.constant),
+    When("checkpoint.keep", "checkpoint.every above 0", lambda c: c.checkpoint.every > 0),
+    When("health.max_skips", "health.policy=skip", lambda c: c.health.policy is Policy.skip),
+    When("health.max_rewinds", "health.policy=rewind",
+         lambda c: c.health.policy is Policy.rewind),
+    When("logger.wandb_*", "logger.wandb=true", lambda c: c.logger.wandb),
+    When("eval.sample_tokens", "text: data=stdlib or text", _source(Source.stdlib, Source.text)),
+    When("eval.sample_prompt", "eval.sample_tokens above 0", lambda c: c.eval.sample_tokens > 0),
+    When("eval.sample_temperature", "eval.sample_tokens above 0",
+         lambda c: c.eval.sample_tokens > 0),
+    When("shard.*", "several ranks: not parallel=single",
+         lambda c: c.parallel.layout is not Layouts.single),
+    When("shard.objective", "shard.transport=auto",
+         lambda c: c.shard.transport is TransportChoice.auto),
+    When("plan.*", "mode=plan", lambda c: c.mode is Mode.plan),
+    When("optim.polar.*", "a rule with the spectral norm", _any_rule(_polar)),
+    When("optim.polar.steps", "optim.polar.accuracy=0", lambda c: not c.optim.polar.accuracy),
+    When("optim.polar.lower", "optim.polar.accuracy above 0",
+         lambda c: c.optim.polar.accuracy > 0),
+    When("optim.solver.*", "a rule on the manifold stiefel", _any_rule(_ladder)),
+    When("optim.solver.refine", "optim.solver.method=lgm",
+         lambda c: c.optim.solver.method == "lgm"),
+    When("optim.solver.form", "optim.solver.method=lgm",
+         lambda c: c.optim.solver.method == "lgm"),
+    When("optim.momentum_dtype", "a steepest rule",
+         _any_rule(lambda rule: rule.rule is RuleKind.steepest)),
+    When("optim.max_norm", "a rule adamw or baseline",
+         _any_rule(lambda rule: rule.rule is not RuleKind.steepest)),
+)  # fmt: skip
+"""The first line that fits a key and does not hold is the reason of the refusal. A key without a
+line is read by every run."""
+
+_ANY_RULE = "rule lr lr_scale"
+RULE_READS = {
+    RuleKind.adamw: f"{_ANY_RULE} weight_decay betas eps per_head idle pattern optional",
+    RuleKind.baseline: f"{_ANY_RULE} baseline options per_head idle pattern optional",
+    RuleKind.steepest: f"{_ANY_RULE} weight_decay norm manifold manifold_options momentum nesterov "
+    "radius second_moment even_rows finishes idle spectral_scale per_head init pattern optional",
+}
+"""Words of a route that each kind of rule reads, or refuses itself where it is made."""
+
+LAUNCHERS = {"train": (), "sweep": ("sweep", "cluster"), "slurm": ("cluster",)}
+"""Groups that only a launcher reads, by what is started."""
+
+
+def check_effects(
+    config: Config, overrides: Sequence[Override], raw: Any, program: str = "train"
+) -> None:
+    """Refuse typed keys that this run does not read, unless they say what holds anyway.
+
+    raw: the composed config before references were resolved.
+    program: train, sweep or slurm.
+
+    Raises:
+        UsageError: names the key, its value and when it is read.
+    """
+    default, leaves = OmegaConf.structured(Config), {}
+    for override in overrides:
+        key = override.key_or_group
+        top = key.split(".")[0]
+        if top in ("sweep", "cluster") and top not in LAUNCHERS[program]:
+            raise UsageError(
+                f"{shown(override.input_line or '')} has no effect here: it is read by python -m "
+                f"geon.launch.{'sweep' if top == 'sweep' else 'slurm, or geon.launch.sweep'}"
+            )
+        if not (override.is_delete() or override.is_sweep_override()):
+            leaves |= dict(flat(override.value(), key))  # of a key that is typed twice, the last
+    for place, value in leaves.items():
+        if (reason := unread(config, place, raw)) and not _is_default(default, place, value):
+            raise UsageError(
+                f"{place}={shown(str(value))} has no effect: {place} is read with {reason}; "
+                "leave it out"
+            )
+
+
+def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
+    """When a leaf is read, where this config does not read it; '' where it does."""
+    if key == "optim.lr" and not _followed(config, raw):
+        return "a rate that follows it (lr: ${optim.lr}), and every rate here is set by itself"
+    for when in WHEN:
+        if fnmatchcase(key, when.keys) and not when.read(config):
+            return when.words
+    place, _, word = key.rpartition(".")
+    for route, rule in rules(config).items():
+        if key == route or f"{key}.".startswith(f"{route}."):
+            if not _has_members(config, route):
+                return "parameters of this role, and the model has none"
+            word = key[len(route) + 1 :].split(".")[0]
+            if word and word not in RULE_READS[rule.rule].split():
+                kinds = [kind.value for kind, words in RULE_READS.items() if word in words.split()]
+                return f"{route}.rule={' or '.join(kinds)}, not {rule.rule.value}"
+            if rule.rule is not RuleKind.steepest:
+                continue
+            if word == "spectral_scale" and rule.norm != "spectral":
+                return f"{route}.norm=spectral"
+            if word == "nesterov" and not rule.momentum:
+                return f"{route}.momentum above 0"
+    return ""
+
+
+def _followed(config: Config, raw: Mapping[str, Any]) -> bool:
+    """Whether the rate of a route that has parameters refers to optim.lr."""
+    for place in rules(config):
+        node: Any = raw
+        for part in place.split("."):
+            node = (node or {}).get(part)
+        if _has_members(config, place) and "optim.lr" in str((node or {}).get("lr")):
+            return True
+    return False
+
+
+def _is_default(default: Any, key: str, value: Any) -> bool:
+    """Whether a value is the schema's own or switches off, which an unread key may say."""
+    if value in (0, False, None, ""):
+        return True
+    found = OmegaConf.select(default, key, throw_on_missing=False)
+    return found is not None and str(getattr(found, "value", found)).lower() == str(value).lower()

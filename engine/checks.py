@@ -1,0 +1,119 @@
+"""What can be refused before there is a device, a process group or a run folder.
+
+Training, `mode=plan` and the launchers ask the same questions, so that a job which must fail is
+found before it is queued.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from geon.configs.choices import Layouts, Mode
+from geon.configs.schema import Config
+from geon.data import Batches, Corpus
+from geon.engine import build
+from geon.engine.backends import check_deepspeed
+from geon.engine.evaluate import val_windows
+from geon.engine.loggers import check_loggers
+from geon.engine.parallel import check_layout
+from geon.engine.sharding import make_sharding, planned_device
+from geon.errors import UsageError, shown
+from geon.models import LanguageModel
+from geon.optim.routing import Routing
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks had to make, for the run that follows."""
+
+    corpus: Corpus
+    batches: Batches
+    model: LanguageModel
+    routing: Routing
+
+
+def check(
+    config: Config, world: int, rank: int = 0, kind: str = "", corpus: Corpus | None = None
+) -> Checked:
+    """Check a config against its data, its ranks and its model.
+
+    kind: of device (cpu, cuda) that computes; empty takes the one that is planned for.
+    corpus: the data, where it has been read before.
+
+    Raises:
+        UsageError: the first thing that cannot work, by its keys.
+    """
+    check_layout(config.parallel, config.model, world)
+    check_loggers(config.logger)
+    check_output(config)
+    check_ids(config)
+    make_sharding(config)
+    model = build.make_model(config.model)
+    half = build.native_half(config, kind or planned_device(config))
+    routing = build.make_routing(model, config.optim, half)
+    build.check_cuts(routing, config.parallel)
+    check_deepspeed(config, routing)
+    corpus = corpus or _read_data(config)
+    batches = build.make_batches(config, corpus, rank, world)
+    val_windows(corpus, config.model.context, config.data.val_tokens)
+    return Checked(corpus, batches, model, routing)
+
+
+def _read_data(config: Config) -> Corpus:
+    try:
+        corpus = build.make_corpus(config.data, config.seed)
+    except (OSError, MemoryError, OverflowError) as error:
+        raise UsageError(f"data={config.data.source.value} cannot be read: {error}") from None
+    return corpus
+
+
+def check_launched(config: Config, launched: bool) -> None:
+    """Refuse a layout that needs a process group where no launcher started this process.
+
+    Raises:
+        UsageError: names the launchers.
+    """
+    if config.parallel.layout is Layouts.deepspeed and not launched:
+        raise UsageError(
+            "parallel=deepspeed needs a process group, on one rank too: start train.py with "
+            "torchrun or deepspeed, or choose parallel=single"
+        )
+
+
+def check_ids(config: Config) -> None:
+    """Refuse a model with fewer ids than its data: a look-up beyond a table has no message.
+
+    Raises:
+        UsageError: names both keys.
+    """
+    if config.model.vocab_size < config.data.vocab_size:
+        raise UsageError(
+            f"model.vocab_size {config.model.vocab_size} is below data.vocab_size "
+            f"{config.data.vocab_size}: leave it out, and it follows the data, or make it larger"
+        )
+
+
+def check_output(config: Config) -> None:
+    """Refuse an output folder that cannot be made or written to. Nothing is made.
+
+    Raises:
+        UsageError: names what stands in the way.
+    """
+    folder = Path(config.output) / config.name
+    told = f"output '{shown(config.output)}' with name '{shown(config.name)}'"
+    try:
+        os.fsencode(folder)
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not there.is_dir():
+            raise UsageError(f"{told}: '{shown(str(there))}' is a file, a folder is needed")
+        if config.mode is Mode.train and not os.access(there, os.W_OK | os.X_OK):
+            raise UsageError(f"{told}: '{shown(str(there))}' cannot be written to")
+        if config.mode is Mode.train:
+            with TemporaryFile(dir=there):  # without a name: nothing is left, nothing is seen
+                pass
+        longest = os.pathconf(there, "PC_NAME_MAX")
+    except (OSError, UnicodeError, RuntimeError) as error:
+        raise UsageError(f"{told} cannot be used: {error}") from None
+    if any(len(os.fsencode(part)) > longest for part in folder.parts):
+        raise UsageError(f"{told}: a folder's name there has at most {longest} bytes")
