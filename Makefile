@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu lint types format bench-solver bench-step bench-drift
 .PHONY: bench-sharding bench-train bench-gpu profile coord-check transfer leaderboard batch-sweep
-.PHONY: finetune chaos fuzz clean
+.PHONY: finetune reliability chaos fuzz clean
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -107,6 +107,10 @@ batch-sweep: .venv/run ## the same tokens in batches of several sizes, resumable
 
 finetune: .venv/dev ## a pretrained Llama fine-tuned by each recipe, 41 minutes of one core, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.finetune --json docs/results/finetune.json $(BENCH)
+
+reliability: .venv/dev ## every row of docs/reliability.md, the long proofs too
+	$(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist worksteal tests/reliability tests/distributed/test_checkpoints.py \
+		tests/distributed/test_deepspeed.py
 
 chaos: .venv/run ## kill ranks of a real run at random, and hold it against one that nobody killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.chaos $(BENCH)
