@@ -139,6 +139,11 @@ class CheckpointConfig:
     background: bool = False
     """Copy weights and state to the CPU at the step, and write them by a thread beside the training
     (asynchronously): takes as much CPU memory as a checkpoint has bytes on a rank."""
+    allow_change: list[str] = field(default_factory=list)
+    """Keys, groups or globs (optim.lr, optim, "*.precision") that may differ from those of the
+    checkpoint although weights depend on them (configs/changes.py)."""
+    project: bool = False
+    """Bring the weights of the checkpoint to the manifolds of other rules (with allow_change)."""
 
 
 @dataclass

@@ -74,6 +74,7 @@ class Batches:
         rank, world: which contiguous slice of the batch is this rank's.
         micro: windows in one forward pass of one rank.
         seed, shuffle: order of the windows; without shuffle, the order of the text.
+        begin: a step, and the window of the endless order that it starts with: others follow it.
     """
 
     split: Split
@@ -84,6 +85,7 @@ class Batches:
     micro: int
     seed: int = 0
     shuffle: bool = True
+    begin: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         if self.windows < 1:
@@ -102,10 +104,14 @@ class Batches:
         """Forward passes of this rank in one step."""
         return self.sequences // (self.world * self.micro)
 
+    def first(self, step: int) -> int:
+        """Window of the endless order that a step starts with, over all ranks."""
+        return self.begin[1] + (step - self.begin[0]) * self.sequences
+
     def windows_at(self, step: int) -> Tensor:
         """Windows of this rank at `step`: (sequences / world, T + 1) int32, inputs and targets."""
         share = self.sequences // self.world
-        first = step * self.sequences + self.rank * share
+        first = self.first(step) + self.rank * share
         index = sample_index(self.seed, first, share, self.windows, self.shuffle)
         rows = np.empty((share, self.context + 1), dtype=np.int32)
         for row, i in zip(rows, index, strict=True):

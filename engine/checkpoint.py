@@ -32,6 +32,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:07d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def folders(root: Path) -> list[Path]:
     """All folders, and links, that are named as checkpoints under a folder."""
     if not root.is_dir():

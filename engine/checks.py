@@ -5,6 +5,7 @@ found before it is queued.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,6 +16,7 @@ from geon.data import Batches, Corpus
 from geon.engine import build
 from geon.engine.backends import check_deepspeed
 from geon.engine.evaluate import val_windows
+from geon.engine.health import check_health
 from geon.engine.loggers import check_loggers
 from geon.engine.parallel import check_layout
 from geon.engine.sharding import make_sharding, planned_device
@@ -34,12 +36,18 @@ class Checked:
 
 
 def check(
-    config: Config, world: int, rank: int = 0, kind: str = "", corpus: Corpus | None = None
+    config: Config,
+    world: int,
+    rank: int = 0,
+    kind: str = "",
+    corpus: Corpus | None = None,
+    tokenizer: Callable[[], str | None] = lambda: None,
 ) -> Checked:
     """Check a config against its data, its ranks and its model.
 
     kind: of device (cpu, cuda) that computes; empty takes the one that is planned for.
     corpus: the data, where it has been read before.
+    tokenizer: gives the serialised one that data are to be read by, if there is one already.
 
     Raises:
         UsageError: the first thing that cannot work, by its keys.
@@ -54,15 +62,16 @@ def check(
     routing = build.make_routing(model, config.optim, half)
     build.check_cuts(routing, config.parallel)
     check_deepspeed(config, routing)
-    corpus = corpus or _read_data(config)
+    check_health(config, routing)
+    corpus = corpus or _read_data(config, tokenizer())
     batches = build.make_batches(config, corpus, rank, world)
     val_windows(corpus, config.model.context, config.data.val_tokens)
     return Checked(corpus, batches, model, routing)
 
 
-def _read_data(config: Config) -> Corpus:
+def _read_data(config: Config, codec: str | None) -> Corpus:
     try:
-        corpus = build.make_corpus(config.data, config.seed)
+        corpus = build.make_corpus(config.data, config.seed, codec)
     except (OSError, MemoryError, OverflowError) as error:
         raise UsageError(f"data={config.data.source.value} cannot be read: {error}") from None
     return corpus

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from geon.engine import history
 from geon.engine.callbacks import Evaluator, write_json
+from geon.engine.differences import changed_settings
 from geon.engine.evaluate import val_text, val_windows
 from geon.engine.loggers import reason, say, warn
 from geon.engine.metrics import hardware, yardsticks
@@ -69,6 +71,7 @@ class Report(Callback):
         text = val_text(run.corpus, context, windows)
         return {
             "name": run.config.name,
+            **_lineage(trainer),
             "optim": run.config.optim.name,
             "parameters": run.model.parameter_count(),
             "ranks": run.parallel.env.world,
@@ -96,6 +99,19 @@ class Report(Callback):
             "python": platform.python_version(),
             "folder": str(trainer.folder),
         }
+
+
+def _lineage(trainer: Trainer) -> dict[str, Any]:
+    """Id of the run, the segments that its weights come from, and settings that changed on the way.
+
+    They are the last segment's wherever `settings_changed` does not name them.
+    """
+    past = history.read(trainer.folder)
+    segments = past.told(trainer.step)
+    for one in segments:
+        one["changed"] = changed_settings(one["changed"])
+    changed = sorted({key for one in segments for key in one["changed"]})
+    return {"run": past.run, "segments": segments, "settings_changed": changed}
 
 
 def _bytes_seen(trainer: Trainer) -> int | None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from geon.engine.history import read_rows
+
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -21,17 +23,39 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, of one kind or all."""
-    path = folder / METRICS
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Lines of metrics.jsonl, of one kind or all; a damaged one is left out, and that is said."""
+    rows = read_rows(folder / METRICS)
     return [row for row in rows if kind is None or row["kind"] == kind]
 
 
-def drop_after(folder: Path, step: int) -> None:
-    """Drop metrics of steps that a resumed run will take again."""
-    rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    aside = folder / f"{METRICS}.writing"
+def drop_after(folder: Path, step: int, branch: Path | None = None) -> None:
+    """Drop metrics of steps that a resumed run will take again.
+
+    branch: where they are kept, if they led somewhere.
+    """
+    rows = read_metrics(folder)
+    if branch is not None:
+        _write_rows(branch / METRICS, [row for row in rows if row["step"] > step])
+    _write_rows(folder / METRICS, [row for row in rows if row["step"] <= step])
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    aside = path.with_name(f"{path.name}.writing")
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    aside.replace(folder / METRICS)
+    aside.replace(path)
+
+
+def report_aside(folder: Path) -> None:
+    """Rename the report of fewer steps: the folder goes on from there."""
+    if (found := read_report(folder)) is not None:
+        step = int(found.get("steps", 0))
+        (folder / REPORT).replace(folder / f"report-{step:07d}.json")
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """What report.json holds; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / REPORT).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

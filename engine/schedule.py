@@ -5,6 +5,17 @@ import math
 from geon.configs.schema import ScheduleConfig, Shape
 
 
+def progress(config: ScheduleConfig, step: int, elapsed: float) -> float:
+    """Share of a run that lies behind; by the clock when the budget is tighter.
+
+    elapsed: seconds of training.
+    """
+    done = step / config.steps
+    if config.budget_seconds:
+        done = max(done, elapsed / config.budget_seconds)
+    return done
+
+
 def fraction(config: ScheduleConfig, progress: float) -> float:
     """Fraction of the peak learning rate at this share of the run.
 

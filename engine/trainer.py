@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geon.data import Loader
+from geon.data import Batches, Loader
 from geon.engine.build import Run
 from geon.engine.health import Health
 from geon.engine.loggers import Logger
 from geon.engine.metrics import PeakMemory, Stopwatch
-from geon.engine.schedule import fraction
+from geon.engine.schedule import fraction, progress
 from geon.errors import UsageError
 
 COLLECT_EVERY = 1000
@@ -62,11 +62,12 @@ class Trainer:
     Attributes:
         step: steps taken, over resumes; with it goes the whole data state.
         elapsed: seconds of training, over resumes.
+        tokens: those read, over resumes.
+        facts: what else the commit file of each checkpoint says of the run, for JSON.
         lr_fraction: share of the peak rates in the last step.
         loss: mean loss of the last step over this rank's tokens, on the device; None where the
             step was left out.
         health: what is done about bad numbers.
-        facts: what else the commit file of each checkpoint says of the run, for JSON.
     """
 
     def __init__(self, run: Run, folder: Path, callbacks: Sequence[Callback]) -> None:
@@ -76,6 +77,7 @@ class Trainer:
         self.loggers: list[Logger] = []
         self.step = 0
         self.elapsed = 0.0
+        self.tokens = 0
         self.facts: dict[str, Any] = {}
         self.lr_fraction = 0.0
         self.loss: Tensor | None = None
@@ -88,16 +90,14 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the run that lies behind; by the clock when the budget is tighter."""
-        schedule = self.run.config.schedule
-        done = self.step / schedule.steps
-        if schedule.budget_seconds:
-            done = max(done, self.elapsed / schedule.budget_seconds)
-        return done
+        return progress(self.run.config.schedule, self.step, self.elapsed)
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens trained on."""
-        return self.step * self.run.config.data.batch_tokens
+    def read_from(self, batches: Batches) -> None:
+        """Read other batches from here on, unless they are the same."""
+        if batches.first(self.step) != self.run.batches.first(self.step):
+            self.run.batches = batches
+            self.loader.close()
+            self.loader = Loader(batches, self.run.parallel.device)
 
     def log(self, kind: str, record: dict[str, Any]) -> None:
         """Send a record to the loggers (main rank only)."""
@@ -151,6 +151,7 @@ class Trainer:
                 self.health.refused(self, error)
                 run.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.tokens += run.config.data.batch_tokens
         self._read_clock()
         saving, evaluating = run.config.checkpoint.every, run.config.eval.every
         ends = self.progress >= 1.0

@@ -199,11 +199,16 @@ def _commit(aside: Path, target: Path, content: dict[str, Any], keep: int) -> No
         path.chmod(path.stat().st_mode & ~0o002)
     sync_folder(aside)
     _put(aside, target)
-    write_synced(root / f"{LATEST}.writing", target.name)
-    (root / f"{LATEST}.writing").replace(root / LATEST)
-    sync_folder(root)
+    point_to(root, target.name)
     for old in committed(root)[:-keep]:
         remove(old.rename(root / f"{old.name}.removing"))
+
+
+def point_to(root: Path, name: str) -> None:
+    """Let `latest` name a checkpoint."""
+    write_synced(root / f"{LATEST}.writing", name)
+    (root / f"{LATEST}.writing").replace(root / LATEST)
+    sync_folder(root)
 
 
 def _serials(root: Path) -> Iterator[int]:

@@ -1,7 +1,9 @@
 """What the launcher told this process: the only place that reads the environment."""
 
 import os
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from geon.errors import UsageError
 
@@ -14,7 +16,8 @@ class Env:
         rank, world: position among all processes, and their number.
         local_rank: position on this machine; picks the GPU.
         launched: whether torchrun (or an equal) set the rendezvous variables.
-        restart: how often torchrun has restarted the job.
+        restart: how often torchrun or Slurm has restarted the job, as far as this process is told.
+        job: what all attempts of one job share, and no other job; empty where nothing restarts it.
         local_world: ranks on this machine; 1 where the launcher does not say.
     """
 
@@ -24,6 +27,7 @@ class Env:
     launched: bool = False
     restart: int = 0
     local_world: int = 1
+    job: str = field(default="", compare=False)
 
     @property
     def main(self) -> bool:
@@ -41,7 +45,7 @@ def read_env() -> Env:
     found = [name for name in names if name in os.environ]
     if not found:
         _refuse_lone_tasks()
-        return Env()
+        return Env(restart=_restarts("SLURM_RESTART_COUNT"), job=_slurm_job())
     if len(found) < len(names):
         missing = ", ".join(sorted(set(names) - set(found)))
         raise UsageError(
@@ -52,8 +56,9 @@ def read_env() -> Env:
         world=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
         launched=True,
-        restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        restart=_restarts("TORCHELASTIC_RESTART_COUNT") + _restarts("SLURM_RESTART_COUNT"),
         local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        job=_launched_job(),
     )
 
 
@@ -66,6 +71,54 @@ def _refuse_lone_tasks() -> None:
             "torchrun once a node, as the file of `python -m geon.launch.slurm` does, or one "
             "process with srun --ntasks=1"
         )
+
+
+def _restarts(name: str) -> int:
+    count = os.environ.get(name, "0")
+    return int(count) if count.isdecimal() else 0
+
+
+def _slurm_job() -> str:
+    number = os.environ.get("SLURM_JOB_ID", "")
+    return f"slurm {number}" if number else ""
+
+
+def _launched_job() -> str:
+    """Identity of a job whose ranks a launcher started: counts of restarts differ between nodes.
+
+    `--rdzv-id` may be the same for many jobs, unless it is that of Slurm, or torchrun's own of
+    `--standalone`; otherwise the launcher's process on this host is added, which outlives ranks.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if len(name) == 36 and name.count("-") == 4:
+        return name
+    if name == os.environ.get("SLURM_JOB_ID"):
+        return f"slurm {name}"
+    parent = os.getppid()
+    return f"{name} {socket.gethostname()} {parent} {started_at(parent)}"
+
+
+def started_at(process: int) -> str:
+    """When a process of this host started, in ticks since a boot; empty if there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return _alive(process)
+    return f"{boot} {stat.rpartition(')')[2].split()[19]}"
+
+
+def _alive(process: int) -> str:
+    """Where /proc is not: whether there is such a process, without its start."""
+    if Path("/proc/self/stat").exists() or process <= 0:
+        return ""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "alive"
 
 
 def default(name: str, value: str) -> None:

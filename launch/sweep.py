@@ -34,7 +34,6 @@ _LOG_LINES = 12
 _POLL_SECONDS = 0.2
 _OF_SWEEP = re.compile(r"[+~]*sweep[.=]")
 _OF_CLUSTER = re.compile(r"[+~]*cluster[.=]")
-_RESULT_DEPENDS_ON = ("seed", "model", "optim", "data", "schedule")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def expand(config: "Config", overrides: Sequence[str]) -> list[Job]:
     """Jobs of `sweep.grid`, in the order of its product; every one is composed and checked.
 
     Raises:
-        UsageError: no grid, a bad key or value in it, or a finished job with other settings.
+        UsageError: no grid, a bad key or value in it, or a job that ran with other settings.
     """
     sweep, jobs = config.sweep, []
     if not sweep.grid and not sweep.arms:
@@ -109,7 +108,7 @@ def make_job(sweep: "Config", overrides: Sequence[str], arm: str, point: Mapping
     JSON is also Hydra's grammar for all values but nested dicts.
 
     Raises:
-        UsageError: a bad key or value, or a finished job of this name with other settings.
+        UsageError: a bad key or value, or a job of this name that ran with other settings.
     """
     settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
     name = job_name(f"{sweep.name}-{arm}" if arm else sweep.name, point)
@@ -128,31 +127,34 @@ def make_job(sweep: "Config", overrides: Sequence[str], arm: str, point: Mapping
     )
     if job.ranks < 1:
         raise UsageError(f"cluster.ranks_per_node must be positive, got {job.ranks}")
-    if job.report is not None:
-        _check_same_run(job.folder, config)
+    _check_same_run(job, config)
     return job
 
 
-def _check_same_run(folder: Path, config: "Config") -> None:
-    """Refuse to take another run's result for a job's."""
+def _check_same_run(job: Job, config: "Config") -> None:
+    """Refuse to take another run's result for a job's, or to go on with another run's half.
+
+    A half-finished one may go on as checkpoint.allow_change says, or is left by resume=never.
+    """
+    from dataclasses import asdict
+
     from omegaconf import OmegaConf
 
-    there = _flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
-    here = _flat(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-    for key, value in here.items():
-        if key.split(".")[0] in _RESULT_DEPENDS_ON and there.get(key, value) != value:
+    from geon.configs.changes import MEASURED, Kind, changes, covers, flat, plain
+
+    file, done, told = job.folder / "config.yaml", job.report is not None, config.checkpoint
+    if not file.is_file() or (not done and told.resume != "auto"):
+        return
+    there: Any = OmegaConf.to_container(OmegaConf.load(file))
+    for change in changes(flat(there), flat(plain(asdict(config)))):
+        free = change.kind is Kind.free and change.key not in MEASURED
+        allowed = not done and any(covers(entry, change.key) for entry in told.allow_change)
+        if not free and not allowed:
+            state = "a finished" if done else "half of a"
             raise UsageError(
-                f"'{folder}' holds a finished run with {key}={there[key]}, this sweep has "
-                f"{value}: choose another name or output, or remove that folder"
+                f"'{job.folder}' holds {state} run with {change.key}={change.old}, this sweep has "
+                f"{change.new}: choose another name or output, or remove that folder"
             )
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts by dotted key."""
-    if not isinstance(node, dict):
-        return {prefix: node}
-    inner = (_flat(value, f"{prefix}.{key}".lstrip(".")) for key, value in node.items())
-    return {key: value for found in inner for key, value in found.items()}
 
 
 def _gpus() -> list[str]:

@@ -4,9 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
+from omegaconf import OmegaConf
 
+from geon.configs.changes import plain
 from geon.errors import UsageError
 from geon.launch import sweep
 from geon.launch.local import ROOT
@@ -157,6 +160,30 @@ def test_a_job_that_cannot_start_is_found_before_any_is_started(tmp_path):
     assert "micro_batch=7" in done.stderr
     assert "data.batch_tokens 256 is not a multiple" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_job_that_ran_with_other_settings_is_refused_finished_or_half(tmp_path, done):
+    told = overrides(tmp_path, "{optim.lr:[0.01]}", "optim=muon")
+    (job,) = jobs_of(told)
+    job.folder.mkdir()
+    settings = plain(asdict(sweep.compose(job.arguments)))
+    OmegaConf.save(OmegaConf.create(settings), job.folder / "config.yaml")
+    if done:
+        (job.folder / "report.json").write_text("{}")
+    half = "a finished" if done else "half of a"
+    for change, there in (("optim.hidden.momentum=0.5", "0.95"), ("schedule.steps=3", "2")):
+        key, here = change.split("=")
+        with pytest.raises(UsageError, match=f"{half} run with {key}={there}, .* has {here}"):
+            jobs_of([*told, change])
+    jobs_of([*told, "logger.every=3", "device=auto"])
+    for regardless in ("checkpoint.allow_change=[optim]", "checkpoint.resume=never"):
+        more = [*told, "optim.hidden.momentum=0.5", regardless]
+        if done:
+            with pytest.raises(UsageError, match="a finished run"):
+                jobs_of(more)
+        else:
+            jobs_of(more)
 
 
 @pytest.mark.dist

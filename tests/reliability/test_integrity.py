@@ -211,7 +211,7 @@ def test_format_1_loads_with_a_line_and_missing_fields_are_as_by_default(root, c
     assert "at step 6" in said
     run(root.parent.parent, "optim=muon", "schedule.steps=6", f"checkpoint.resume={path}", name="x")
     assert same(tensors(root.parent.parent / "x"), held)
-    with pytest.raises(UsageError, match="model.gains is False there and True here"):
+    with pytest.raises(UsageError, match="model.gains is False in"):
         run(root.parent.parent, "model.gains=true", f"checkpoint.resume={path}", name="y")
     (path / "__0_0_0.distcp").write_bytes(b"short")
     assert "'__0_0_0.distcp' ends before" in integrity.sound(path)
