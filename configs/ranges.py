@@ -128,6 +128,9 @@ RANGES: dict[str, Test] = {
     "checkpoint.every": STEPS,
     "checkpoint.keep": positive(10**6),
     "checkpoint.resume": line(1000, empty=False),
+    "checkpoint.allow_change": must(
+        "keys, groups or globs", lambda x: all(isinstance(one, str) and one for one in x)
+    ),
     "health.max_skips": positive(10**6),
     "health.max_rewinds": positive(10**6),
     "health.spike": must("0, or between 2 and 1e9", lambda x: x == 0 or 2 <= x <= 1e9),

@@ -69,7 +69,7 @@ def check(
     return Checked(corpus, batches, model, routing)
 
 
-def _read_data(config: Config, codec: str | None) -> Corpus:
+def _read_data(config: Config, codec: str | None = None) -> Corpus:
     try:
         corpus = build.make_corpus(config.data, config.seed, codec)
     except (OSError, MemoryError, OverflowError) as error:

@@ -274,7 +274,7 @@ def test_another_manifold_is_refused_with_its_residual_or_projected_when_asked(t
     folder = train(tmp_path, *onto, "checkpoint.project=true", "logger.spectrum_every=4")
     assert rows(folder, "spectrum")[-1]["manifold_residual"] < 1e-5
     capsys.readouterr()
-    train(tmp_path, "optim=manifold_muon", "schedule.steps=10", "checkpoint.project=true")
+    train(tmp_path, onto[0], "schedule.steps=10", "checkpoint.project=true", onto[-1])
     assert "the rules are the checkpoint's, nothing is moved" in capsys.readouterr().out
 
 
