@@ -182,7 +182,6 @@ def test_events_of_a_gpu_are_read_in_milliseconds(monkeypatch):
         (["schedule.steps=5"], "schedule.steps=5"),
         (["sweep=lr"], "sweep=lr"),
         (["+logger.every=5"], "logger.every"),
-        (["--steps", "0"], "--steps must be at least 1"),
         (["--label", "a"], "--label goes with --json"),
         (["--track3", "fast"], "--track3 'fast'"),
         (["--track3", "0"], "--track3 '0'"),
@@ -220,3 +219,9 @@ def test_on_a_gpu_the_parts_are_the_wall_clock():
     wall = bench_loop.seconds(lambda: found.extend(one.phases(5)), device)
     assert sum(sum(step.values()) for step in found) == pytest.approx(wall, rel=0.3)
     assert all(step["forward"] > 0.0 and step["exchange"] == 0.0 for step in found)
+
+
+def test_a_number_of_steps_has_a_range(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench_train.main([*TINY, "--steps", "0"])
+    assert "--steps: 0 is not between 1" in capsys.readouterr().err
