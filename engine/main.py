@@ -49,17 +49,20 @@ def train(config: Config, env: Env) -> None:
     """Train one run to its end."""
     lock = Lock(env.job)
     try:
-        begun = begin(config, env, lock)
-        if begun.choice.finished:
-            _say_finished(begun)
-            return
-        trainer = assemble(begun, _callbacks(config))
-        parallel = begun.parallel
-        on_main(parallel, lambda: open_folder(trainer, begun.choice, lock))
-        memory = explained(config, trainer.run.predicted, env.rank)
-        with segment(trainer, begun.choice), Watch(trainer), memory:
-            trainer.fit()
-            parallel.barrier()
+        checked = check_alone(config, env)
+        parallel = start(config.parallel, config.device, env)
+        with Watch(parallel) as watch:
+            begun = begin(config, checked, parallel, lock)
+            if begun.choice.finished:
+                _say_finished(begun)
+                return
+            trainer = assemble(begun, _callbacks(config))
+            watch.follow(trainer)
+            on_main(parallel, lambda: open_folder(trainer, begun.choice, lock))
+            memory = explained(config, trainer.run.predicted, env.rank)
+            with segment(trainer, begun.choice), memory:
+                trainer.fit()
+                parallel.barrier()
     finally:
         lock.release()
 
@@ -74,20 +77,28 @@ class Begun:
     choice: Choice
 
 
-def begin(config: Config, env: Env, lock: Lock) -> Begun:
-    """Check a config, join the process group, choose a checkpoint. Nothing is written.
+def check_alone(config: Config, env: Env) -> Checked:
+    """Check all that a rank can check without the others.
+
+    Raises:
+        UsageError: as `execute` does.
+    """
+    check_allowed(config.checkpoint.allow_change, flat(plain(asdict(config))))
+    place = pick_device(config.device, env.local_rank, config.parallel.share_gpu)
+    kept = partial(resume.tokenizer, config, env)
+    checked = check(config, env.world, env.rank, place.type, tokenizer=kept)
+    check_launched(config, env.launched)
+    return checked
+
+
+def begin(config: Config, checked: Checked, parallel: Parallel, lock: Lock) -> Begun:
+    """Compare the ranks, and choose a checkpoint. Nothing is written.
 
     lock: takes the run folder, if there is one.
 
     Raises:
         UsageError: as `execute` does.
     """
-    check_allowed(config.checkpoint.allow_change, flat(plain(asdict(config))))
-    check_launched(config, env.launched)
-    place = pick_device(config.device, env.local_rank, config.parallel.share_gpu)
-    kept = partial(resume.tokenizer, config, env)
-    checked = check(config, env.world, env.rank, place.type, tokenizer=kept)
-    parallel = start(config.parallel, config.device, env)
     check_alike(parallel, flat(plain(asdict(config))), checked.corpus.facts)
     choice = resume.choose(config, checked.corpus.facts, parallel, lock)
     return Begun(config, checked, parallel, choice)
@@ -125,7 +136,9 @@ def prepare(config: Config, env: Env, callbacks: Sequence[Callback]) -> tuple[Tr
     """
     lock = Lock()
     try:
-        begun = begin(config, env, lock)
+        checked = check_alone(config, env)
+        parallel = start(config.parallel, config.device, env)
+        begun = begin(config, checked, parallel, lock)
         return assemble(begun, callbacks), begun.choice
     finally:
         lock.release()

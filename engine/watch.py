@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from geon.engine.parallel import Parallel
 from geon.engine.trainer import Trainer
 from geon.errors import ExchangeError, Preempted, RankLost
 
@@ -51,17 +52,17 @@ _ERRORS = (ExchangeError, dist.DistBackendError, dist.DistNetworkError, dist.Dis
 
 
 class Watch:
-    """A context around training.
+    """A context around a run, from when it has joined the others.
 
     Raises, at its end:
         RankLost: in place of what a failed collective raises.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, parallel: Parallel) -> None:
         """Nothing starts before the context is entered."""
-        self._trainer, self._parallel = trainer, trainer.run.parallel
-        self._env = trainer.run.parallel.env
-        self._timeout = trainer.run.config.parallel.timeout_seconds
+        self._trainer: Trainer | None = None
+        self._parallel, self._env = parallel, parallel.env
+        self._timeout = parallel.config.timeout_seconds
         # A connection of its own: another's blocking call would hold it.
         store = self._parallel.store
         self._store = store.clone() if store is not None else None
@@ -70,9 +71,17 @@ class Watch:
         self._over = threading.Event()
         self._main = threading.get_ident()
         self._words = 0
-        self._idle, self._first = 0.0, trainer.step
+        self._idle, self._first = 0.0, 0
         self._lock = threading.Lock()
         self._nccl = self._store is not None and self._parallel.device.type == "cuda"
+
+    def follow(self, trainer: Trainer) -> None:
+        """Tell of the steps of a trainer from now on."""
+        self._trainer, self._first = trainer, trainer.step
+
+    @property
+    def _step(self) -> int:
+        return 0 if self._trainer is None else self._trainer.step
 
     def __enter__(self) -> Self:
         """Start to leave word."""
@@ -104,7 +113,7 @@ class Watch:
 
     def _stands(self) -> tuple[int, str]:
         phase = self._parallel.phase
-        return self._trainer.step + (phase in _STEP), phase
+        return self._step + (phase in _STEP), phase
 
     def _me(self) -> str:
         step, phase = self._stands()
@@ -223,10 +232,10 @@ class Watch:
         )
 
     def _marker(self) -> tuple[int, int]:
-        return self._trainer.step, self._parallel.entries
+        return self._step, self._parallel.entries
 
     def _limit(self) -> float:
-        early = self._trainer.step <= self._first + 1
+        early = self._step <= self._first + 1
         long = early or self._parallel.phase not in _STEP
         return (PATIENCE if long else STUCK) * self._timeout
 

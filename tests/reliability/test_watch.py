@@ -26,9 +26,11 @@ from tests.reliability.test_preemption import TINY
 def watch(store, rank=0, world=2, step=5, phase="backward"):
     env = Env(rank, world, rank, launched=True, local_world=world)
     cpu = torch.device("cpu")
-    parallel = SimpleNamespace(env=env, store=store, phase=phase, entries=0, device=cpu)
-    config = SimpleNamespace(parallel=SimpleNamespace(timeout_seconds=4.0))
-    return Watch(SimpleNamespace(run=SimpleNamespace(parallel=parallel, config=config), step=step))
+    config = SimpleNamespace(timeout_seconds=4.0)
+    found = {"env": env, "store": store, "phase": phase, "entries": 0, "device": cpu}
+    one = Watch(SimpleNamespace(config=config, **found))
+    one.follow(SimpleNamespace(step=step))
+    return one
 
 
 @pytest.fixture

@@ -149,7 +149,6 @@ def test_ablation_changes_constants_and_puts_them_back(tmp_path):
         (["--ratios", "0.5"], "--ratios"),
         (["--ratios", "a"], "--ratios"),
         (["--shape", "64"], "768x3072"),
-        (["--seeds", "0"], "--seeds must be at least 1"),
         (["--pairs", "no-such-file"], "--pairs 'no-such-file'"),
         (["--pairs", __file__], "is no torch file of {name"),
         (["--json", "no-such-folder/x.json"], "there is no folder 'no-such-folder'"),
@@ -216,3 +215,9 @@ def test_drift_is_told_ten_times_and_stays_at_rounding(tmp_path, monkeypatch):
     found = json.loads(out.read_text())["drift"]
     assert len(found) == 10 and found[-1]["step"] == 25
     assert all(0.0 < row["residual"] < 3e-6 for row in found)
+
+
+def test_a_number_of_seeds_has_a_range(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench_solver.main(["--seeds", "0"])
+    assert "--seeds: 0 is not between 1" in capsys.readouterr().err

@@ -80,9 +80,15 @@ def test_on_a_gpu_kernels_are_neither_copies_nor_ranges_nor_operators():
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [(["--rows", "0"], "--rows"), (["--trace", "no/such/t.json"], "--trace"), (["eval=x"], "eval")],
+    [(["--trace", "no/such/t.json"], "--trace"), (["eval=x"], "eval")],
 )
 def test_bad_input_is_one_message(options, told, capsys):
     assert profile_train.main([*TINY, *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("geon: error: ") and told in error and error.count("\n") == 1
+
+
+def test_a_number_of_rows_has_a_range(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        profile_train.main([*TINY, "--rows", "0"])
+    assert "--rows: 0 is not between 1" in capsys.readouterr().err
