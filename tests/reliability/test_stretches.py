@@ -120,7 +120,6 @@ def test_deepspeed_goes_on_after_a_kill_bit_by_bit(tmp_path, stage):
 
 
 @pytest.mark.row("R32")
-@pytest.mark.xfail(strict=True, reason="the reader of checkpoints does not name files yet")
 def test_deepspeed_names_the_file_that_was_cut(tmp_path):
     options = ["parallel=deepspeed_z1", "optim.max_norm=0"]
     folder = train(tmp_path, "run", 2, *options)
