@@ -12,7 +12,7 @@ from geon.configs.overrides import check_plain
 from geon.configs.overrides import groups as groups
 from geon.configs.overrides import keys as keys
 from geon.configs.ranges import check_values
-from geon.configs.recipes import fill, with_overrides
+from geon.configs.recipes import fill, fill_entries, with_overrides
 from geon.configs.schema import ArmConfig, Config, ModelConfig
 from geon.errors import UsageError, shown
 
@@ -32,11 +32,7 @@ def resolve(composed: DictConfig) -> Config:
         check_plain(str(key), value)
     config = fill(Config, content)
     with_overrides(config.optim)
-    config.sweep.arms = {
-        name: fill(ArmConfig, arm, prefix=f"sweep.arms.{name}.")
-        for name, arm in config.sweep.arms.items()
-        if arm is not None
-    }
+    config.sweep.arms = fill_entries(ArmConfig, config.sweep.arms, "sweep.arms")
     config.output = _expanded(config.output)
     check_values(config)
     _count_heads(config.model)

@@ -141,17 +141,22 @@ LAUNCHERS = {"train": (), "sweep": ("sweep", "cluster"), "slurm": ("cluster",)}
 
 
 def check_effects(
-    config: Config, overrides: Sequence[Override], raw: Any, program: str = "train"
+    config: Config,
+    overrides: Sequence[Override],
+    raw: Any,
+    given: Callable[[], Any],
+    program: str = "train",
 ) -> None:
     """Refuse typed keys that this run does not read, unless they say what holds anyway.
 
     raw: the composed config before references were resolved.
+    given: composes what the chosen files say, without the typed keys.
     program: train, sweep or slurm.
 
     Raises:
         UsageError: names the key, its value and when it is read.
     """
-    default, leaves = OmegaConf.structured(Config), {}
+    leaves: dict[str, Any] = {}
     for override in overrides:
         key = override.key_or_group
         top = key.split(".")[0]
@@ -163,7 +168,7 @@ def check_effects(
         if not (override.is_delete() or override.is_sweep_override()):
             leaves |= dict(flat(override.value(), key))  # of a key that is typed twice, the last
     for place, value in leaves.items():
-        if (reason := unread(config, place, raw)) and not _is_default(default, place, value):
+        if (reason := unread(config, place, raw)) and not _holds_anyway(given, place, value):
             raise UsageError(
                 f"{place}={shown(str(value))} has no effect: {place} is read with {reason}; "
                 "leave it out"
@@ -206,9 +211,9 @@ def _followed(config: Config, raw: Mapping[str, Any]) -> bool:
     return False
 
 
-def _is_default(default: Any, key: str, value: Any) -> bool:
-    """Whether a value is the schema's own or switches off, which an unread key may say."""
+def _holds_anyway(given: Callable[[], Any], key: str, value: Any) -> bool:
+    """Whether a value is the one of the files or switches off, which an unread key may say."""
     if value in (0, False, None, ""):
         return True
-    found = OmegaConf.select(default, key, throw_on_missing=False)
+    found = OmegaConf.select(given(), key, throw_on_missing=False)
     return found is not None and str(getattr(found, "value", found)).lower() == str(value).lower()

@@ -177,12 +177,40 @@ def with_overrides(config: OptimConfig) -> OptimConfig:
     Raises:
         UsageError: names the key.
     """
-    config.overrides = {
-        name: fill(OverrideConfig, override, prefix=f"optim.overrides.{name}.")
-        for name, override in config.overrides.items()
-        if override is not None
-    }
+    config.overrides = fill_entries(OverrideConfig, config.overrides, "optim.overrides")
     return config
+
+
+def fill_entries(schema: type[T], entries: Any, place: str) -> dict[str, T]:
+    """Fill each entry of a dict field by its schema; null ones are left out.
+
+    Raises:
+        UsageError: names the key.
+    """
+    check_mapping(place, entries)
+    return {
+        str(name): fill(schema, entry, prefix=f"{place}.{name}.")
+        for name, entry in entries.items()
+        if entry is not None
+    }
+
+
+def check_mapping(key: str, content: Any) -> None:
+    """Refuse what is no mapping where keys are expected.
+
+    Raises:
+        UsageError: names the key.
+    """
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{key or 'config'} must be a mapping, got {shown(repr(content))}")
+
+
+def _check_nodes(schema: Any, content: Any, prefix: str) -> None:
+    """Hold the inner nodes against the schema: omegaconf names no key where one is a text."""
+    check_mapping(prefix.rstrip("."), content)
+    for name, kind in get_type_hints(schema).items():
+        if is_dataclass(kind) and name in content:
+            _check_nodes(kind, content[name], f"{prefix}{name}.")
 
 
 def keys(schema: Any, prefix: str = "") -> list[str]:
@@ -202,8 +230,7 @@ def fill(schema: type[T], content: Any, prefix: str = "") -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{prefix.rstrip('.')} must be a mapping, got {shown(repr(content))}")
+    _check_nodes(schema, content, prefix)
     try:
         filled: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
     except RecursionError:

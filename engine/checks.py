@@ -6,10 +6,11 @@ found before it is queued.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from geon.configs.changes import check_allowed, flat, plain
 from geon.configs.choices import Layouts, Mode
 from geon.configs.schema import Config
 from geon.data import Batches, Corpus
@@ -54,6 +55,7 @@ def check(
     """
     check_layout(config.parallel, config.model, world)
     check_loggers(config.logger)
+    check_allowed(config.checkpoint.allow_change, flat(plain(asdict(config))))
     check_output(config)
     check_ids(config)
     make_sharding(config)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from geon.configs.changes import check_allowed, flat, plain
+from geon.configs.changes import flat, plain
 from geon.configs.schema import Config, Mode
 from geon.engine import build, fitting, planning, resume
 from geon.engine.agreement import check_alike, on_main
@@ -83,7 +83,6 @@ def check_alone(config: Config, env: Env) -> Checked:
     Raises:
         UsageError: as `execute` does.
     """
-    check_allowed(config.checkpoint.allow_change, flat(plain(asdict(config))))
     place = pick_device(config.device, env.local_rank, config.parallel.share_gpu)
     kept = partial(resume.tokenizer, config, env)
     checked = check(config, env.world, env.rank, place.type, tokenizer=kept)

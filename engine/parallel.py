@@ -29,8 +29,8 @@ def mesh_shape(config: ParallelConfig, world: int) -> dict[str, int]:
     """
     if config.layout is Layouts.single and world != 1:
         raise UsageError(
-            f"parallel=single runs one process, but WORLD_SIZE is {world}: use parallel=ddp, fsdp "
-            "or hsdp, or start without torchrun"
+            f"parallel=single runs one process, not {world} (WORLD_SIZE, or plan.world_size): use "
+            "parallel=ddp, fsdp or hsdp, or start without torchrun"
         )
     if config.layout is Layouts.tp:
         return {"tensor": world}

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from geon.errors import UsageError, shown
 
@@ -44,17 +44,23 @@ def compose(overrides: Sequence[str], program: str = "", folder: Path | None = N
             "with -m, or put the value in quotes where it is one text"
         )
     words = [typed.as_text(one) for one in told]
-    if folder:
-        words.append(f"hydra.searchpath=[{json.dumps(f'file://{folder.resolve()}')}]")
-    try:
-        with hydra.initialize_config_dir(str(check.ROOT), version_base="1.3"):
-            composed = hydra.compose("train", overrides=words)
-    except Exception as error:  # of Hydra, omegaconf, yaml: whatever reading what was typed meets
-        raise UsageError(f"config: {_reasons(error)}") from None
-    config = check.resolve(composed)
+    search = [f"hydra.searchpath=[{json.dumps(f'file://{folder.resolve()}')}]"] if folder else []
+
+    def composed(words: list[str]) -> Any:
+        try:
+            with hydra.initialize_config_dir(str(check.ROOT), version_base="1.3"):
+                return hydra.compose("train", overrides=[*words, *search])
+        except Exception as error:  # of Hydra, omegaconf, yaml: whatever reading them meets
+            raise UsageError(f"config: {_reasons(error)}") from None
+
+    found = composed(words)
+    config = check.resolve(found)
     if program:
-        raw = OmegaConf.to_container(composed, resolve=False)
-        effects.check_effects(config, told, raw, program)
+        raw = OmegaConf.to_container(found, resolve=False)
+        options = typed.groups(folder) if folder else {}
+        options |= typed.groups()
+        chosen = [w for w, one in zip(words, told, strict=True) if one.key_or_group in options]
+        effects.check_effects(config, told, raw, lambda: composed(chosen), program)
     return config
 
 

@@ -99,7 +99,8 @@ def _with_options(
     taken = [p for p in signature(make).parameters if p not in bound]
     if unknown := set(options) - set(taken):
         raise ValueError(
-            f"{kind} {name} takes {', '.join(taken) or 'no options'}, not {', '.join(unknown)}"
+            f"{kind} {name} takes {', '.join(taken) or 'no options'}, not "
+            f"{', '.join(map(str, unknown))} ({'finishes' if kind == 'finish' else f'{kind}_options'})"
         )
     return make(**own, **options)
 

@@ -8,6 +8,7 @@ change (exit status 2), within ten seconds.
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from geon.configs.overrides import check_overrides, flat, kind_of
 from geon.configs.schema import Config
 from geon.engine.checks import check
 from geon.engine.planning import report_plan
-from geon.errors import UsageError
+from geon.errors import UsageError, shown
 from geon.launch.compose import compose
 from geon.launch.local import ROOT
 from geon.scripts.flags import whole
@@ -217,12 +218,19 @@ def judge(case: Case, output: Path) -> Case:
 
 
 def _names(case: Case) -> bool:
-    """Whether a message names something of what was typed: a key, its last part, or a flag."""
-    texts = [text.partition("=")[0].lstrip("+~-") for text in case.typed]
-    names = {part for text in texts for part in (text, text.split(".")[-1], text.split("@")[0])}
-    shown = {name.encode("unicode_escape").decode() for name in names}
-    related = {"name", "output", "schedule", "data", "model", "parallel", "optim"}
-    return any(name in case.said for name in names | shown | related)
+    """Whether a message names a key or flag that was typed, or quotes the begin of an argument.
+
+    Where a rule is made, a message gives its place and the word apart: "optim.hidden: eps ...".
+    """
+    for text in case.typed:
+        key = shown(text.partition("=")[0].lstrip("+~-").split("@")[0])
+        place, _, word = key.rpartition(".")
+        route = ".".join(place.split(".")[:2])
+        if (key and key in case.said) or shown(text)[:100] in case.said:
+            return True
+        if "." in route and route in case.said and re.search(rf"\b{re.escape(word)}\b", case.said):
+            return True
+    return False
 
 
 def _silent(config: Config, typed: Sequence[str], words: Sequence[str]) -> str:
@@ -300,7 +308,10 @@ def fuzz(count: int, seed: int, processes: int = 0) -> tuple[list[Case], list[st
     cases, wrong = [], []
     with tempfile.TemporaryDirectory() as output:
         for _ in range(count):
-            cases.append(judge(draw(rng), Path(output)))
+            case = judge(draw(rng), Path(output))
+            if case.outcome == "slow":  # once more: others use this machine
+                case = judge(Case(case.kind, case.typed), Path(output))
+            cases.append(case)
     for case in rng.sample(cases, min(processes, count)):
         with tempfile.TemporaryDirectory() as folder:
             if reason := by_process(case, Path(folder)):

@@ -14,7 +14,7 @@ from geon.configs.effects import RULE_READS, _has_members
 from geon.configs.folder import check_folder
 from geon.configs.overrides import kind_of
 from geon.configs.ranges import RANGES, RULE_RANGES
-from geon.configs.recipes import OverrideConfig
+from geon.configs.recipes import OverrideConfig, fill
 from geon.configs.schema import Config
 from geon.engine.build import make_model, make_routing
 from geon.engine.checks import _read_data, check, check_launched
@@ -90,6 +90,7 @@ optim.tied.norm=../x | optim=adamw optim.hidden.norm=sign | optim.hidden.eps=1e-
 optim=adamw optim.hidden={momentum: 0.5} | data.path=x | data.train=x | parallel.replicas=3
 parallel.zero=2 | schedule=constant schedule.decay=0.3 | logger.wandb_project=x
 plan.world_size=8 | cluster.nodes=2 | sweep=lr | sweep.parallel_jobs=2 | model.base_width=32
+optim.rest.rule=steepest
 optim=adamw optim.polar.steps=3 | optim.solver.method=oneshot | eval.sample_temperature=2.0
 model=gpt2 optim.head.lr=1 | optim.hidden.lr=0.1 optim.embedding.lr=0.1 optim.head.lr=0.1 \
 optim.overrides.qk=null optim.lr=0.3
@@ -109,6 +110,7 @@ def test_what_has_no_effect_is_refused_by_key(line):
 
 def test_a_key_that_says_what_holds_anyway_is_let_through():
     compose([*TINY, "data.path=", "logger.wandb_mode=offline", "optim.max_norm=0"], "train")
+    compose([*TINY, "optim.rest.rule=adamw", "optim.tied.lr=0.04"], "train")  # the recipe's own
 
 
 REFUSED = """
@@ -127,6 +129,9 @@ name=${output} output=${name} : Recursive interpolation | output=/dev/null : is 
 output=/proc : cannot be used | parallel=deepspeed_z3 : needs a process group
 optim.hidden.betas=${.lr} : optim.hidden.betas
 data=text data.tokens=0 data.path=/proc/self/mem : data.path
+optim.overrides=${name} : optim.overrides must be a mapping, got 'run'
+sweep.arms=${model} : sweep.arms must be a mapping
+checkpoint.allow_change=[no.key] : checkpoint.allow_change ; no.key
 """
 CASES = [x.split(" : ") for t in REFUSED.strip().split("\n") for x in t.split(" | ")]
 
@@ -137,6 +142,16 @@ def test_bad_values_are_refused_in_our_words(line, said):
     message = refusal(*line.split(" "))
     for words in said.split(" ; "):
         assert words in message
+
+
+@pytest.mark.parametrize("node", fuzz.NODES)
+@pytest.mark.row("R25")
+def test_a_text_where_keys_are_expected_is_refused_by_key(node):
+    content = "${name}"
+    for part in reversed(node.split(".")):
+        content = {part: content}
+    with pytest.raises(UsageError, match=f"^{node} must be a mapping, got .*name"):
+        fill(Config, content)
 
 
 def test_names_stay_as_they_were_typed():
@@ -168,7 +183,8 @@ def test_the_fuzzer_sees_what_is_wrong(tmp_path, monkeypatch):
         return fuzz.judge(fuzz.Case("value", ["seed=1"]), tmp_path).outcome
 
     assert fails(UsageError("seed must be 2, got 1")) == "clean"
-    assert fails(UsageError("something is wrong")) == "unnamed"
+    for text in ("something is wrong", "the name of data is wrong", "${name} (key: )"):
+        assert fails(UsageError(text)) == "unnamed"
     assert fails(UsageError("seed\nTraceback")) == "unnamed"
     assert fails(KeyError("x")) == "traceback"
     monkeypatch.undo()
