@@ -62,13 +62,17 @@ def _has_members(config: Config, place: str) -> bool:
 
 
 def _polar(rule: RuleConfig) -> bool:
-    return rule.rule is RuleKind.steepest and (
+    return _steepest(rule) and (
         rule.norm == "spectral" or rule.manifold not in ("euclidean", "oblique", "frobenius_sphere")
     )
 
 
+def _steepest(rule: RuleConfig) -> bool:
+    return rule.rule is RuleKind.steepest
+
+
 def _ladder(rule: RuleConfig) -> bool:
-    return rule.rule is RuleKind.steepest and rule.manifold in ("stiefel", "orthogonal")
+    return _steepest(rule) and rule.manifold in ("stiefel", "orthogonal")
 
 
 WHEN = (
@@ -86,6 +90,8 @@ WHEN = (
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.zero", "parallel=deepspeed_z0 to z3", _layout(Layouts.deepspeed)),
+    When("parallel.share_gpu", "several ranks on GPUs: not parallel=single or device=cpu",
+         lambda c: c.parallel.layout is not Layouts.single and c.device != "cpu"),
     When("parallel.timeout_seconds", "several ranks: not parallel=single",
          lambda c: c.parallel.layout is not Layouts.single),
     When("schedule.steps", "schedule.tokens=0", lambda c: not c.schedule.tokens),
@@ -107,8 +113,8 @@ WHEN = (
          lambda c: c.eval.sample_tokens > 0),
     When("shard.*", "several ranks: not parallel=single",
          lambda c: c.parallel.layout is not Layouts.single),
-    When("shard.objective", "shard.transport=auto",
-         lambda c: c.shard.transport is TransportChoice.auto),
+    When("shard.objective", "shard.transport=auto, and without shard.reproducible",
+         lambda c: c.shard.transport is TransportChoice.auto and not c.shard.reproducible),
     When("plan.*", "mode=plan", lambda c: c.mode is Mode.plan),
     When("optim.polar.*", "a rule with the spectral norm", _any_rule(_polar)),
     When("optim.polar.steps", "optim.polar.accuracy=0", lambda c: not c.optim.polar.accuracy),
@@ -119,10 +125,15 @@ WHEN = (
          lambda c: c.optim.solver.method == "lgm"),
     When("optim.solver.form", "optim.solver.method=lgm",
          lambda c: c.optim.solver.method == "lgm"),
-    When("optim.momentum_dtype", "a steepest rule",
-         _any_rule(lambda rule: rule.rule is RuleKind.steepest)),
-    When("optim.max_norm", "a rule adamw or baseline",
-         _any_rule(lambda rule: rule.rule is not RuleKind.steepest)),
+    When("optim.momentum_dtype", "a steepest rule", _any_rule(_steepest)),
+    When("optim.compile", "a steepest rule", _any_rule(_steepest)),
+    When("optim.record_pairs", "a steepest rule of hidden matrices",
+         lambda c: any(_steepest(rule) for place, rule in rules(c).items()
+                       if place == "optim.hidden" or place.startswith("optim.overrides."))),
+    When("logger.geometry_every", "a steepest rule", _any_rule(_steepest)),
+    *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged", _any_rule(_steepest))
+      for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire")),
+    When("optim.max_norm", "a rule adamw or baseline", _any_rule(lambda rule: not _steepest(rule))),
 )  # fmt: skip
 """The first line that fits a key and does not hold is the reason of the refusal. A key without a
 line is read by every run."""

@@ -96,12 +96,20 @@ def _with_options(
     if not isinstance(options, dict):
         raise ValueError(f"{kind} {name}: options must be a mapping, got {options!r}")
     bound = {*own, *getattr(make, "keywords", {})}  # of a partial: what its name promises
-    taken = [p for p in signature(make).parameters if p not in bound]
+    taken = {word: p for word, p in signature(make).parameters.items() if word not in bound}
+    key = "finishes" if kind == "finish" else f"{kind}_options"
     if unknown := set(options) - set(taken):
         raise ValueError(
             f"{kind} {name} takes {', '.join(taken) or 'no options'}, not "
-            f"{', '.join(map(str, unknown))} ({'finishes' if kind == 'finish' else f'{kind}_options'})"
+            f"{', '.join(map(str, unknown))} ({key})"
         )
+    for word, value in options.items():
+        number = taken[word].annotation is float
+        if isinstance(value, bool) or not isinstance(value, (int, float) if number else str):
+            raise ValueError(
+                f"{kind} {name}: {word} must be a {'number' if number else 'word'}, got {value!r} "
+                f"({key})"
+            )
     return make(**own, **options)
 
 

@@ -164,8 +164,9 @@ def _mapping(rng: random.Random) -> list[str]:
     place = rng.choice(["optim.overrides", "sweep.arms", "sweep.grid", "optim.hidden.finishes"])
     place = rng.choice([place, "optim.hidden.options", "optim.hidden.manifold_options"])
     name = rng.choice(["q", "hidden", "qk", "row_cap", "_target_", "a.b", "axis", "1"])
+    word = rng.choice(["a", "most", "axis", "lr", "1"])
     inner = rng.choice(
-        [_value(rng), f"{{pattern: '*', lr: {_value(rng)}}}", f"{{a: {_value(rng)}}}"]
+        [_value(rng), f"{{pattern: '*', lr: {_value(rng)}}}", f"{{{word}: {_value(rng)}}}"]
     )
     return [rng.choice([f"+{place}.{name}={inner}", f"+{place}={{{name}: {inner}}}"])]
 
@@ -224,11 +225,12 @@ def _names(case: Case) -> bool:
     """
     for text in case.typed:
         key = shown(text.partition("=")[0].lstrip("+~-").split("@")[0])
-        place, _, word = key.rpartition(".")
-        route = ".".join(place.split(".")[:2])
         if (key and key in case.said) or shown(text)[:100] in case.said:
             return True
-        if "." in route and route in case.said and re.search(rf"\b{re.escape(word)}\b", case.said):
+        route, words = ".".join(key.split(".")[:2]), [key.split(".")[-1]]
+        words += re.findall(r"(\w+):", text)
+        apart = any(re.search(rf"\b{re.escape(word)}\b", case.said) for word in words)
+        if key.count(".") > 1 and route in case.said and apart:
             return True
     return False
 
@@ -244,10 +246,12 @@ def _silent(config: Config, typed: Sequence[str], words: Sequence[str]) -> str:
         for key, value in flat(override.value(), override.key_or_group):
             if value in (0, False, None, "", [], {}) or isinstance(value, dict):
                 continue
-            rest = [word for word in words if word != text]
-            if _facts(config) == _facts(without := compose(rest)) and _at(without, key) != _at(
-                config, key
-            ):
+            try:
+                without = compose([word for word in words if word != text])
+                same = _facts(config) == _facts(without)
+            except UsageError:
+                continue  # the key is what makes it a run
+            if same and _at(without, key) != _at(config, key):
                 return f"{key}={value} changes nothing that is built"
     return ""
 

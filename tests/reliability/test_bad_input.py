@@ -91,6 +91,10 @@ optim=adamw optim.hidden={momentum: 0.5} | data.path=x | data.train=x | parallel
 parallel.zero=2 | schedule=constant schedule.decay=0.3 | logger.wandb_project=x
 plan.world_size=8 | cluster.nodes=2 | sweep=lr | sweep.parallel_jobs=2 | model.base_width=32
 optim.rest.rule=steepest
+optim=adamw optim.compile=true | optim=adamw optim.record_pairs=[1] | shard.wire=bf16
+optim=adamw logger.geometry_every=3 | parallel=ddp parallel.share_gpu=true
+optim=adamw parallel=ddp shard.reproducible=true | parallel=single parallel.share_gpu=true
+parallel=ddp shard.reproducible=true shard.objective=bytes
 optim=adamw optim.polar.steps=3 | optim.solver.method=oneshot | eval.sample_temperature=2.0
 model=gpt2 optim.head.lr=1 | optim.hidden.lr=0.1 optim.embedding.lr=0.1 optim.head.lr=0.1 \
 optim.overrides.qk=null optim.lr=0.3
@@ -131,6 +135,10 @@ optim.hidden.betas=${.lr} : optim.hidden.betas
 data=text data.tokens=0 data.path=/proc/self/mem : data.path
 optim.overrides=${name} : optim.overrides must be a mapping, got 'run'
 sweep.arms=${model} : sweep.arms must be a mapping
++optim.hidden.finishes={row_cap:{most:x}} : optim.hidden ; most must be a number, got 'x' (finishes)
++optim.hidden.finishes={row_cap:{most:true}} : must be a number
+optim.head.manifold=oblique +optim.head.manifold_options={axis:5} : axis must be a word, got 5
++optim.hidden.manifold_options={1a:5} : takes no options, not 1a (manifold_options)
 checkpoint.allow_change=[no.key] : checkpoint.allow_change ; no.key
 """
 CASES = [x.split(" : ") for t in REFUSED.strip().split("\n") for x in t.split(" | ")]
@@ -344,7 +352,7 @@ def test_several_ranks_start_no_multirun(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "ranks", "said"),
     [
-        (["parallel=single"], 8, "parallel=single runs one process"),
+        (["parallel=single"], 8, "runs one process, not 8 .WORLD_SIZE, or plan.world_size"),
         (["parallel=ddp"], 3, "data.batch_tokens 64 is not a multiple of"),
         (["parallel=hsdp", "parallel.replicas=3"], 8, "parallel.replicas 3 does not fit 8 ranks"),
         (["data=text", "data.tokens=0", "data.path=/nope"], 1, "data.path '/nope' does not exist"),
