@@ -63,18 +63,24 @@ def open_folder(trainer: Trainer, choice: Choice, lock: Lock) -> None:
 
 
 def _make(folder: Path, lock: Lock) -> None:
+    if folder.exists() and not lock.held:  # it was not there when this run chose its start
+        raise _made_meanwhile(folder)
     if (aside := runfolder.move_aside(folder)) is not None:
         lock.moved(aside)
         print(f"moved the earlier run to {aside}", flush=True)
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise UsageError(
-            f"run folder '{folder}' was made by another process meanwhile: choose another name"
-        ) from None
+        raise _made_meanwhile(folder) from None
     except OSError as error:
         raise UsageError(f"run folder '{folder}' cannot be made: {error} (output, name)") from None
     lock.take(folder)
+
+
+def _made_meanwhile(folder: Path) -> UsageError:
+    return UsageError(
+        f"run folder '{folder}' was made by another process meanwhile: choose another name"
+    )
 
 
 def _start_row(trainer: Trainer, choice: Choice) -> dict[str, object]:

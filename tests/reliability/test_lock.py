@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from geon.engine import lock
+from geon.engine import lock, main
 from geon.engine.lock import Lock
 from geon.errors import UsageError
 from geon.launch.env import Env, read_env, started_at
@@ -135,6 +135,23 @@ def test_a_second_writer_is_refused_and_harms_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     other.release()
     train(tmp_path)
+
+
+def test_of_two_that_start_at_once_the_second_is_refused(tmp_path, monkeypatch):
+    """Both have chosen fresh weights, in no folder; the first one trains when the second opens."""
+    assemble, first = main.assemble, []
+
+    def assemble_late(*given):
+        if not first:
+            first.append(True)
+            train_until(monkeypatch, 3, tmp_path)
+        return assemble(*given)
+
+    monkeypatch.setattr(main, "assemble", assemble_late)
+    with pytest.raises(UsageError, match="was made by another process meanwhile"):
+        train(tmp_path, "optim=adamw")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 1
 
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
