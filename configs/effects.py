@@ -25,6 +25,7 @@ from geon.configs.schema import Config
 from geon.errors import UsageError, shown
 
 SHARDED = (Layouts.fsdp, Layouts.hsdp)
+_WITHOUT_HEADS = ("optim.embedding", "optim.head", "optim.tied", "optim.rest")
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,8 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
             if word and word not in RULE_READS[rule.rule].split():
                 kinds = [kind.value for kind, words in RULE_READS.items() if word in words.split()]
                 return f"{route}.rule={' or '.join(kinds)}, not {rule.rule.value}"
+            if word == "per_head" and route in _WITHOUT_HEADS:
+                return "parameters that have attention heads: optim.hidden and optim.overrides"
             if rule.rule is not RuleKind.steepest:
                 continue
             if word == "spectral_scale" and rule.norm != "spectral":

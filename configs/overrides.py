@@ -127,6 +127,8 @@ def _check(override: Override, options: dict[str, list[str]]) -> Override:
         if key in options:
             _check_choice(key, value, options[key], text)
         else:
+            if is_dataclass(kind_of(key)) and isinstance(value, str) and "${" in value:
+                raise UsageError(f"{key} holds keys of its own, and cannot be {shown(value)}")
             for place, leaf in flat(value, key):
                 check_plain(place, leaf)
                 _check_truth(place, leaf)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from geon.configs.choices import RuleKind
 from geon.configs.recipes import RuleConfig
 from geon.configs.schema import Config
 from geon.errors import UsageError, shown
@@ -53,6 +54,7 @@ def _printable(text: str) -> bool:
 
 
 SHARE = must("between 0 and 1", lambda x: 0 <= x <= 1)
+PART = must("between 0 and 1, and 1e-6 or more unless it is 0", lambda x: x == 0 or 1e-6 <= x <= 1)
 FRACTION = must("at least 0 and below 1: it is the fraction kept", lambda x: 0 <= x < 1)
 WORD = must(
     "a word of letters, digits and ._=,+- without spaces",
@@ -121,10 +123,12 @@ RANGES: dict[str, Test] = {
     "parallel.timeout_seconds": must("1 or more", lambda x: x >= 1) + at_most(10**6),
     "schedule.steps": positive(10**9),
     "schedule.tokens": not_negative(10**17),
-    "schedule.warmup": SHARE,
-    "schedule.decay": SHARE,
+    "schedule.warmup": PART,
+    "schedule.decay": PART,
     "schedule.floor": SHARE,
-    "schedule.budget_seconds": not_negative(10**8),
+    "schedule.budget_seconds": must(
+        "0, or between 0.1 and 1e8", lambda x: x == 0 or 0.1 <= x <= 1e8
+    ),
     "checkpoint.every": STEPS,
     "checkpoint.keep": positive(10**6),
     "checkpoint.resume": line(1000, empty=False),
@@ -207,6 +211,12 @@ def check_values(config: Config) -> None:
         for name, test in RULE_RANGES.items():
             if hasattr(rule, name):
                 _check(f"{place}.{name}", getattr(rule, name), test)
+        shrinks = 0.0 if rule.rule is RuleKind.baseline else rule.weight_decay
+        if rule.lr * rule.lr_scale * shrinks > 1:
+            raise UsageError(
+                f"{place}.weight_decay {shrinks} at {place}.lr {rule.lr * rule.lr_scale:g}: a step "
+                "takes off the weight times their product, which is at most 1"
+            )
     schedule = config.schedule
     if schedule.shape.value == "linear" and schedule.warmup + schedule.decay > 1 + 1e-9:
         raise UsageError(

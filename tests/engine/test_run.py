@@ -228,6 +228,8 @@ def test_divergence_stops_with_the_step(tmp_path):
         1,
         "optim=adamw",
         "optim.lr=1e30",
+        "optim.hidden.weight_decay=0",
+        "optim.head.weight_decay=0",
         "logger.every=2",
         "schedule.shape=constant",
         ok=False,

@@ -135,21 +135,22 @@ def run_sweep(told):
 def test_a_failure_stops_no_other_job_and_a_second_sweep_runs_only_what_is_left(tmp_path):
     bad, good = "run-lr=1e+30,seed=0", "run-lr=0.01,seed=0"
     grid = "{optim.lr:[1e30,0.01]}"
-    first = run_sweep(overrides(tmp_path, grid, "sweep.parallel_jobs=2", "optim=adamw"))
+    adamw = ("optim=adamw", "optim.hidden.weight_decay=0", "optim.head.weight_decay=0")
+    first = run_sweep(overrides(tmp_path, grid, "sweep.parallel_jobs=2", *adamw))
     assert first.returncode == 1, first.stderr
     assert f"job {bad} failed with exit status 1; {tmp_path / bad}.log ends:" in first.stderr
     report = json.loads((tmp_path / good / "report.json").read_text())
     assert f"{report['val_nats_per_token']:.4f} nats/token" in first.stdout
 
     written = (tmp_path / good / "report.json").stat().st_mtime_ns
-    again = run_sweep(overrides(tmp_path, "{optim.lr:[0.01]}", "optim=adamw"))
+    again = run_sweep(overrides(tmp_path, "{optim.lr:[0.01]}", *adamw))
     assert again.returncode == 0, again.stderr
     assert f"skipped   {good}: finished before" in again.stdout
     assert "started" not in again.stdout
     assert f"{report['val_nats_per_token']:.4f} nats/token" in again.stdout
     assert (tmp_path / good / "report.json").stat().st_mtime_ns == written
 
-    other = run_sweep(overrides(tmp_path, "{optim.lr:[0.01]}", "optim=adamw", "schedule.steps=3"))
+    other = run_sweep(overrides(tmp_path, "{optim.lr:[0.01]}", *adamw, "schedule.steps=3"))
     assert other.returncode == 2
     assert "finished run with schedule.steps=2, this sweep has 3" in other.stderr
 

@@ -95,6 +95,7 @@ optim=adamw optim.compile=true | optim=adamw optim.record_pairs=[1] | shard.wire
 optim=adamw logger.geometry_every=3 | parallel=ddp parallel.share_gpu=true
 optim=adamw parallel=ddp shard.reproducible=true | parallel=single parallel.share_gpu=true
 parallel=ddp shard.reproducible=true shard.objective=bytes
+optim.embedding.per_head=true
 optim=adamw optim.polar.steps=3 | optim.solver.method=oneshot | eval.sample_temperature=2.0
 model=gpt2 optim.head.lr=1 | optim.hidden.lr=0.1 optim.embedding.lr=0.1 optim.head.lr=0.1 \
 optim.overrides.qk=null optim.lr=0.3
@@ -131,7 +132,9 @@ schedule.warmup=0.6 schedule.decay=0.8 : overlap | ~seed : set it to another val
 name=José : in quotes: 'name="..."' | seed=99999999999999999999999 : seed | name=${nope} : nope
 name=${output} output=${name} : Recursive interpolation | output=/dev/null : is a file
 output=/proc : cannot be used | parallel=deepspeed_z3 : needs a process group
-optim.hidden.betas=${.lr} : optim.hidden.betas
+optim.hidden.betas=${.lr} : optim.hidden.betas | optim.tied=${.lr} : optim.tied holds keys
+optim.embedding.weight_decay=700 : optim.embedding.weight_decay 700.0 at optim.embedding.lr 0.04
+schedule.decay=1e-30 : schedule.decay | schedule.budget_seconds=1e-30 : schedule.budget_seconds
 data=text data.tokens=0 data.path=/proc/self/mem : data.path
 optim.overrides=${name} : optim.overrides must be a mapping, got 'run'
 sweep.arms=${model} : sweep.arms must be a mapping

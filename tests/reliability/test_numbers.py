@@ -175,6 +175,7 @@ def test_a_bad_update_is_undone_by_a_rewind(tmp_path, monkeypatch):
 @pytest.mark.row("R20")
 def test_a_last_step_that_diverges_writes_no_report(tmp_path, monkeypatch):
     options = ["optim=adamw", "optim.lr=1e30", "schedule.steps=1", "schedule.shape=constant"]
+    options += ["optim.hidden.weight_decay=0", "optim.head.weight_decay=0"]
     with pytest.raises(FloatingPointError, match="validation loss is nan: lower optim.lr"):
         run(tmp_path / "d", monkeypatch, Fault(), *options)
     assert not (tmp_path / "d" / "report.json").exists()
