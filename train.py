@@ -38,8 +38,12 @@ def run(told: Arguments) -> None:
             configs.append(compose(overrides, "train", told.folder))
             configs[-1].name = compose([*overrides, f"name='{configs[-1].name}-{point}'"]).name
     env = read_env()
+    from geon.engine.checks import check
     from geon.engine.main import execute
 
+    if told.multirun:  # a bad job is found before the first has run
+        for config in configs:
+            check(config, config.plan.world_size or env.world)
     for config in configs:
         execute(config, env)
 

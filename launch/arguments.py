@@ -13,6 +13,7 @@ _REFUSED = {
     "--config-path": "configs come from this checkout: add a folder of your own by --config-dir",
     "--config-name": "every run starts from configs/train.yaml: choose experiment=NAME",
     "--experimental-rerun": "a pickled job is code: give its overrides again",
+    "--hydra-help": "what there is to choose from is listed by --help",
     "--run": "this is what happens without it",
 }
 
@@ -63,7 +64,7 @@ def read_arguments(arguments: Sequence[str]) -> Arguments:
     for flag, reason in _REFUSED.items():
         if getattr(told, flag.strip("-").replace("-", "_")):
             raise UsageError(f"{flag} is not taken: {reason}")
-    prints = told.help or told.hydra_help or told.version or told.shell_completion
+    prints = told.help or told.version or told.shell_completion
     prints = bool(prints or told.cfg or told.info)
     if not prints and (told.resolve or told.package):
         raise UsageError("--resolve and --package have no effect without --cfg")

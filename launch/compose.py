@@ -44,7 +44,8 @@ def compose(overrides: Sequence[str], program: str = "", folder: Path | None = N
             "with -m, or put the value in quotes where it is one text"
         )
     words = [typed.as_text(one) for one in told]
-    search = [f"hydra.searchpath=[{json.dumps(f'file://{folder.resolve()}')}]"] if folder else []
+    place = f"file://{folder.resolve()}" if folder else ""
+    search = [f"hydra.searchpath=[{json.dumps(place, ensure_ascii=False)}]"] if folder else []
 
     def composed(words: list[str]) -> Any:
         try:
@@ -83,6 +84,9 @@ def jobs(overrides: Sequence[str], folder: Path | None = None) -> list[tuple[str
     swept = {one.key_or_group: sweep_texts(one) for one in told if one.is_sweep_override()}
     if not swept:
         raise UsageError("-m starts several jobs: give a key several values, e.g. seed=0,1")
+    for key, values in swept.items():
+        if twice := [one for one in values if values.count(one) > 1]:
+            raise UsageError(f"-m: {key}={shown(twice[0])} is given twice: one job would do")
     if math.prod(map(len, swept.values())) > MOST_JOBS:
         raise UsageError(f"-m: the values of {', '.join(swept)} make more than {MOST_JOBS} jobs")
     fixed = [one.input_line or "" for one in told if one.key_or_group not in swept]

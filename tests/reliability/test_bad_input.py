@@ -255,6 +255,8 @@ def test_random_config_files_are_refused_or_read(tmp_path):
 
 
 def test_config_files_of_ones_own_are_options(tmp_path):
+    tmp_path = tmp_path / "mine \u00fc"
+    tmp_path.mkdir()
     for group, text in {
         "optim": "defaults: [muon]\nlr: 0.033\n",
         "experiment": "name: mine\n",
@@ -323,6 +325,8 @@ def test_a_secret_gets_nowhere(tmp_path):
 
 @pytest.mark.row("R25")
 def test_hydras_own_refusals_are_one_line_and_exit_2(tmp_path):
+    done = train(tmp_path, "-m", "model.n_head=1,3")
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, []), "no job runs before a bad one"
     done = train(tmp_path, "-m", "seed=0,x")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "geon: error: " in done.stderr and "seed=x" in done.stderr
@@ -335,12 +339,14 @@ def test_jobs_of_a_multirun_are_named_by_what_tells_them_apart():
     )
     assert [told for told, _ in found][:2] == ["lr=0.1,seed=0", "lr=0.1,seed=1"]
     assert found[-1][1][-2:] == ["optim.lr=0.2", "seed=1"]
-    for several in ("seed=range(5000)", "seed=glob(*)"):
+    for several in ("seed=range(5000)", "seed=glob(*)", "seed=1,2,1"):
         with pytest.raises(UsageError, match="seed"):
             jobs([several])
 
 
-@pytest.mark.parametrize("flag", ["-cn=x", "--config-path=x", "--experimental-rerun=x", "--bogus"])
+@pytest.mark.parametrize(
+    "flag", ["-cn=x", "--config-path=x", "--experimental-rerun=x", "--bogus", "--hydra-help"]
+)
 def test_flags_that_are_not_taken_are_refused(flag):
     with pytest.raises(UsageError, match="not taken|unrecognized"):
         read_arguments([flag, "seed=1"])
