@@ -68,8 +68,13 @@ def compose(overrides: Sequence[str], program: str = "", folder: Path | None = N
 def _reasons(error: BaseException) -> str:
     """What Hydra and the error behind its own say, in one line."""
     told = [str(e).strip() for e in (error, error.__cause__) if e is not None]
-    lines = [text.splitlines()[0].rstrip(".") for text in told if text] or [type(error).__name__]
-    return shown(": ".join(dict.fromkeys(lines)), 400)
+    lines = []
+    for text in filter(None, told):
+        first, *rest = [line.strip() for line in text.splitlines()]
+        lines.append(first.rstrip(".:"))
+        lines += rest[:1] if first.endswith(":") else []  # a file is named, then what is wrong in it
+        lines += [line for line in rest if line.startswith("full_key: ")]
+    return shown(": ".join(dict.fromkeys(lines or [type(error).__name__])), 400)
 
 
 def jobs(overrides: Sequence[str], folder: Path | None = None) -> list[tuple[str, list[str]]]:

@@ -266,6 +266,9 @@ def test_config_files_of_ones_own_are_options(tmp_path):
         (tmp_path / group / "mine.yaml").write_text(head + text)
     config = compose([*TINY, "optim=mine", "experiment=mine"], "train", tmp_path)
     assert (config.optim.lr, config.name) == (0.033, "mine")
+    (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\noptim: {lrr: 1}\n")
+    with pytest.raises(UsageError, match="experiment/typo.*lrr"):
+        compose([*TINY, "experiment=typo"], "train", tmp_path)
     with pytest.raises(UsageError, match="'mine' is not an option of optim"):
         compose([*TINY, "optim=mine"])
 
