@@ -72,7 +72,8 @@ def _reasons(error: BaseException) -> str:
     for text in filter(None, told):
         first, *rest = [line.strip() for line in text.splitlines()]
         lines.append(first.rstrip(".:"))
-        lines += rest[:1] if first.endswith(":") else []  # a file is named, then what is wrong in it
+        if first.endswith(":"):  # names a file; the next line says what is wrong in it
+            lines += rest[:1]
         lines += [line for line in rest if line.startswith("full_key: ")]
     return shown(": ".join(dict.fromkeys(lines or [type(error).__name__])), 400)
 

@@ -227,7 +227,7 @@ def _names(case: Case) -> bool:
         key = shown(text.partition("=")[0].lstrip("+~-").split("@")[0])
         if (key and key in case.said) or shown(text)[:100] in case.said:
             return True
-        route, words = ".".join(key.split(".")[:2]), [key.split(".")[-1]]
+        route, words = ".".join(key.split(".")[:2]), key.split(".")[2:]
         words += re.findall(r"(\w+):", text)
         apart = any(re.search(rf"\b{re.escape(word)}\b", case.said) for word in words)
         if key.count(".") > 1 and route in case.said and apart:
