@@ -85,7 +85,7 @@ class Baseline(EntryRule):
     def __post_init__(self) -> None:
         if self.key not in BASELINES:
             raise UsageError(
-                f"baseline '{self.key}' is not one of {', '.join(BASELINES)}."
+                f"rule=baseline: baseline '{self.key}' is not one of {', '.join(BASELINES)}."
                 f"{nearest(self.key, list(BASELINES))}"
             )
 

@@ -225,7 +225,8 @@ def _names(case: Case) -> bool:
     """
     for text in case.typed:
         key = shown(text.partition("=")[0].lstrip("+~-").split("@")[0])
-        if (key and key in case.said) or shown(text)[:100] in case.said:
+        group = f"{key.split('.')[0]}={text.partition('=')[2]}"  # parallel.layout=hsdp
+        if (key and key in case.said) or shown(text)[:100] in case.said or group in case.said:
             return True
         route, words = ".".join(key.split(".")[:2]), key.split(".")[2:]
         words += re.findall(r"(\w+):", text)

@@ -27,7 +27,7 @@ class Spectral(Norm):
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
-            raise ValueError(f"spectral scale '{self.scale}' is not one of {', '.join(SCALES)}")
+            raise ValueError(f"spectral_scale '{self.scale}' is not one of {', '.join(SCALES)}")
 
     def factor(self, shape: tuple[int, ...]) -> float:
         """Spectral norm of a matrix of this shape whose norm is 1."""

@@ -109,5 +109,5 @@ def test_spectral_scales():
     assert lengths == pytest.approx({"rms": 2.0, "muon": 2.0, "none": 1.0}, rel=1e-3)
     wide = torch.linalg.matrix_norm(Spectral("muon", Polar(steps=10)).lmo(grad.mT), 2).item()
     assert wide == pytest.approx(1.0, rel=1e-3)
-    with pytest.raises(ValueError, match="spectral scale"):
+    with pytest.raises(ValueError, match="spectral_scale"):
         Spectral(scale="moon")
