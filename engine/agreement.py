@@ -10,7 +10,7 @@ import torch
 import geon
 from geon.configs.changes import PLACES
 from geon.engine.parallel import Parallel
-from geon.errors import UsageError
+from geon.errors import SaveError, UsageError
 
 T = TypeVar("T")
 
@@ -20,6 +20,7 @@ def on_main(parallel: Parallel, action: Callable[[], T]) -> T:
 
     Raises:
         UsageError: the main rank's, on every rank.
+        SaveError: on every rank, where the main one met an error of the disk.
         RuntimeError: another error of the main rank, on the others.
     """
     done, told, error = None, None, None
@@ -27,13 +28,14 @@ def on_main(parallel: Parallel, action: Callable[[], T]) -> T:
         try:
             done = action()
         except Exception as caught:
-            error = caught
-            told = isinstance(caught, UsageError), str(caught)
+            error = SaveError(str(caught)) if isinstance(caught, OSError) else caught
+            kinds = (kind for kind in (UsageError, SaveError) if isinstance(error, kind))
+            told = next(kinds, None), str(caught)
     done, told = parallel.gather((done, told))[0]
     if error is not None:
         raise error
     if told is not None:
-        raise UsageError(told[1]) if told[0] else RuntimeError(f"rank 0: {told[1]}")
+        raise told[0](told[1]) if told[0] else RuntimeError(f"rank 0: {told[1]}")
     return done
 
 

@@ -1,5 +1,6 @@
 """How a command ends: one message for bad input, and no teardown that can hang."""
 
+import errno
 import os
 import sys
 import traceback
@@ -11,6 +12,8 @@ from geon.launch import signals
 from geon.launch.env import under_launcher, wants_traceback
 
 BAD_INPUT = 2
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a full or read-only disk, which name the file: no fault of the program."""
 
 
 def guard(action: Callable[[], int | None]) -> int:
@@ -37,7 +40,10 @@ def guard(action: Callable[[], int | None]) -> int:
         return signals.PREEMPTED
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK and not wants_traceback():
+            print(f"geon: error: {error}", file=sys.stderr, flush=True)
+            return 1
         if not under_launcher():
             raise
         traceback.print_exc()
