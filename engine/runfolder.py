@@ -46,10 +46,13 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def report_aside(folder: Path) -> None:
-    """Rename the report of fewer steps: the folder goes on from there."""
-    if (found := read_report(folder)) is not None:
-        step = int(found.get("steps", 0))
-        (folder / REPORT).replace(folder / f"report-{step:07d}.json")
+    """Rename the report of what the folder goes on from, or goes back behind; none is replaced."""
+    if (found := read_report(folder)) is None:
+        return
+    name, k = f"report-{int(found.get('steps', 0)):07d}", 0
+    while (aside := folder / f"{name}{f'~{k}' if k else ''}.json").exists():
+        k += 1
+    (folder / REPORT).rename(aside)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from geon.engine import checkpoint, history
+from geon.engine import checkpoint, history, runfolder
 from geon.errors import UsageError
 from geon.launch.env import Env
 from tests.reliability.identity_job import report, rows, steps, train, train_until, weights
@@ -330,3 +330,13 @@ def test_entries_without_effect_are_told(tmp_path, capsys):
     assert "allow_change: nothing of 'model' has changed" in capsys.readouterr().out
     with pytest.raises(UsageError, match="'modell' is no key"):
         train(tmp_path, "schedule.steps=6", "checkpoint.allow_change=[modell]")
+
+
+def test_reports_of_the_same_step_are_all_kept(tmp_path):
+    """Two branches may end at one step: neither's report replaces the other's."""
+    for text in ("first", "second", "third"):
+        (tmp_path / "report.json").write_text(json.dumps({"steps": 40, "name": text}))
+        runfolder.report_aside(tmp_path)
+    kept = sorted(json.loads(p.read_text())["name"] for p in tmp_path.glob("report-0000040*.json"))
+    assert kept == ["first", "second", "third"]
+    assert not (tmp_path / "report.json").exists()
