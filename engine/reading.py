@@ -47,11 +47,19 @@ def _path(*parts: Any) -> str:
     return "/".join(map(str, parts))
 
 
+def _member(kind: Any, name: Any) -> Any:
+    """Stands in for getattr, by which Python before 3.11.4 pickles the member of an enum."""
+    if kind is not _MEM_FORMAT_ENCODING or str(name) not in kind.__members__:
+        raise Refused(f"'{METADATA}' asks for an attribute, {str(name)[:40]!r}: it was not run")
+    return kind[str(name)]
+
+
 ALLOWED: dict[tuple[str, str], Any] = {
     **{(cls.__module__, cls.__name__): cls for cls in _CLASSES},
     **{("torch", name): getattr(torch, name) for name in _DTYPES},
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _layout,
+    ("builtins", "getattr"): _member,
     **{(m, "PosixPath"): _path for m in ("pathlib", "pathlib._local")},
 }
 """All that a `.metadata` file may name, and what it gets. Nothing here has a side effect."""

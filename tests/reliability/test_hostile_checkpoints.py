@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+)
 
 from geon.engine import checkpoint, integrity
 from geon.engine.integrity import Refused
-from geon.engine.reading import TensorReader
+from geon.engine.reading import TensorReader, _Unpickler
 from geon.engine.writing import quiet
 from geon.errors import UsageError
 from geon.models import MODELS, ModelShape
@@ -172,3 +176,17 @@ def test_generate_refuses_a_garbled_tokenizer(folder, capsys):
     (path / "commit.json").write_text(integrity.sealed(facts | {"codec": "{}"}))
     assert generate.main([str(folder), "--tokens", "1"]) == 2
     assert "holds no tokenizer that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.row("R29")
+def test_members_of_the_one_enum_are_read_as_any_python_pickles_them():
+    """Python before 3.11.4 pickles them by getattr, which gets at nothing else here."""
+    for call in (
+        Calls(getattr, _MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"),
+        Calls(_MEM_FORMAT_ENCODING, 1),
+    ):
+        found = _Unpickler(io.BytesIO(pickle.dumps(call))).load()
+        assert found is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    for asked in ((_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__"), (torch.Size, "numel")):
+        with pytest.raises(Refused, match="asks for an attribute"):
+            _Unpickler(io.BytesIO(pickle.dumps(Calls(getattr, *asked)))).load()
