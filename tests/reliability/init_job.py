@@ -15,4 +15,6 @@ total = torch.ones(1)
 dist.all_reduce(total)
 dist.new_group(backend="gloo")
 print(f"\nattempt {attempt} rank {rank} sum {total.item():.0f}\n", end="", flush=True)
+# torchrun ends the other rank as soon as one has failed: both have said their line before.
+dist.barrier()
 os._exit(1)
