@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from threading import Event
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 from geon.data.download import Remote
 from geon.data.web import DownloadError, Patience, Trouble, patiently, request, words
@@ -88,9 +88,10 @@ def _get(url: str, patience: Patience) -> tuple[Any, str | None]:
             except Exception as error:
                 raise Trouble(f"{url}: {words(error)}") from None
             link = re.search(r'<([^<>]+)>;\s*rel="next"', answer.headers.get("Link") or "")
-        following = urljoin(url, link[1]) if link else None
-        if following and urlsplit(following).netloc != urlsplit(url).netloc:
-            raise DownloadError(f"{url}: its next page is of another server, {following}")
-        return content, following
+        if link is None:
+            return content, None
+        following = urlsplit(link[1])  # a mirror may send on to what it mirrors
+        place = urlsplit(url)._replace(path=following.path, query=following.query)
+        return content, place.geturl()
 
     return patiently(once, patience, Event(), lambda: 0)  # type: ignore[no-any-return]

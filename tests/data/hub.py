@@ -15,6 +15,8 @@ COMMIT = "c0ffee" + "0" * 34
 class Hub:
     """A repository: files by name, and for each a list of failures, one for each request.
 
+    behind: what this is a mirror of, if it is, and whose addresses it gives.
+
     Failures: "cut:N" ends the connection after N bytes of the answer; "status:N" answers with it,
     "status:N:S" with Retry-After S too; "whole" ignores Range; "other" sends other bytes of the
     same length; "short" says and sends 7 bytes; "shifted" sends another range than was asked for.
@@ -24,7 +26,7 @@ class Hub:
         self.files, self.repo, self.kind = files, repo, kind
         self.faults = defaultdict(list)
         self.asked = []
-        self.slow = 0.0
+        self.slow, self.behind = 0.0, ""
         self.sizes, self.digests = {}, {}
         self.lock = threading.Lock()
 
@@ -64,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(hub, "revision") or self.json({"sha": COMMIT, "id": hub.repo})
         if path == f"{api}/tree/{COMMIT}" and "recursive=true" in query:
             rows, start = hub.tree(), int("cursor=" in query)
-            link = None if start else f'<{self.path}&cursor=x>; rel="next"'
+            base = hub.behind or f"http://{self.headers['Host']}"
+            link = None if start else f'<{base}{self.path}&cursor=x>; rel="next"'
             return self.json(rows[1:] if start else rows[:1], link)
         name = path.removeprefix(resolve)
         if path.startswith(resolve) and name in hub.files:

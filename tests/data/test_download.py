@@ -47,6 +47,7 @@ def assert_whole(folder, content=None):
 
 def test_the_list_of_a_repository_is_of_one_commit_with_sizes_and_checksums(hub):
     hub.files["sub/more.json"] = b"{}"
+    hub.behind = "https://hub.example"
     commit, found = list_files(hub.address, "datasets", hub.repo, lambda p: True, QUICK)
     assert commit == COMMIT
     assert [one.name for one in found] == [*sorted(CONTENT), "more.json"]
@@ -270,3 +271,17 @@ def test_parts_are_beside_their_files(hub, tmp_path):
     remote = listed(hub)[0]
     assert remote.part(tmp_path).parent == Path(tmp_path)
     assert remote.part(tmp_path).name == f"a_train_1.bin.{remote.digest[:12]}.part"
+
+
+def test_the_hub_of_these_tests_is_one_to_its_own_client(hub):
+    hub_client = pytest.importorskip("huggingface_hub")
+    hub.files["notes.json"] = b"{}"
+    api = hub_client.HfApi(endpoint=hub.address, token=False)
+    rows = api.list_repo_tree(hub.repo, repo_type="dataset", recursive=True, revision=COMMIT)
+    theirs = {
+        row.path: (row.size, row.lfs.sha256 if row.lfs else row.blob_id)
+        for row in rows
+        if hasattr(row, "blob_id")
+    }
+    assert theirs == {one.name: (one.size, one.digest) for one in listed(hub)}
+    assert api.repo_info(hub.repo, repo_type="dataset", revision="main").sha == COMMIT
