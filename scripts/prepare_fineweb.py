@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"geon: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"geon: error: '{error.filename}': {error.strerror or error}", file=sys.stderr)
+        place = error.filename or args.out
+        print(f"geon: error: '{place}': {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
