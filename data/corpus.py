@@ -72,6 +72,7 @@ class Corpus:
         codec: text <-> ids; None when the ids' text is not known.
         val_text: the bytes that `val` encodes; empty when not known.
         facts: counts, hashes and versions for the log.
+        parts, shares: of a mixture, the corpora by name, and the part of the windows that each has.
     """
 
     train: Split
@@ -80,6 +81,8 @@ class Corpus:
     codec: Codec | None
     val_text: bytes
     facts: dict[str, Any]
+    parts: dict[str, "Corpus"] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 def split_by_name(names: Sequence[str], val_percent: float) -> list[bool]:
