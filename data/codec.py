@@ -34,6 +34,9 @@ class ByteCodec(Codec):
     """One token a byte of UTF-8."""
 
     vocab_size = 256
+    eot = 0
+    name = "bytes"
+    fingerprint = "b"
 
     def encode(self, text: str) -> np.ndarray:
         """Bytes of the text."""

@@ -34,8 +34,8 @@ class StreamBatches(Batches):
     """Batches of a stream for one rank.
 
     Each of the stream's parts gives the same number of windows to every batch, and each rank reads
-    its contiguous share of the parts: so a batch does not depend on the number of ranks. A step that
-    lies behind is read again from where this began; one further on, by reading up to it.
+    its contiguous share of the parts: so a batch does not depend on the number of ranks. A step
+    that lies behind is read again from where this began; one further on, by reading up to it.
 
     Attributes:
         recipe: the stream.

@@ -20,8 +20,8 @@ class Where:
     """A dataset by name.
 
     Attributes:
-        dataset: name on the hub, or a local file or folder of .jsonl, .json, .parquet or .txt, which
-            may be packed (.gz, .zst, .bz2, .xz).
+        dataset: name on the hub, or a local file or folder of .jsonl, .json, .parquet or .txt,
+            which may be packed (.gz, .zst, .bz2, .xz).
         subset: its configuration; "" takes the only one.
         split: train, or another that it has.
         field: column of the text.

@@ -117,7 +117,7 @@ def mixed_corpus(parts: Mapping[str, Corpus], weights: Mapping[str, float]) -> C
         val=_joined("validation tokens of data.mix", [part.val for part in parts.values()]),
         vocab_size=max(part.vocab_size for part in parts.values()),
         codec=first.codec,
-        val_text=b"".join(part.val_text for part in parts.values()),
+        val_text=b"",
         facts={
             "name": f"a mixture of {words}",
             "shares": shares,

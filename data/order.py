@@ -127,6 +127,9 @@ class Batches:
             row[:] = self.split.window(int(i) * self.context, self.context + 1)
         return torch.from_numpy(rows)
 
+    def close(self) -> None:
+        """End what reads ahead, where anything does."""
+
     def pairs(self, windows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Micro-batches of what `windows_at` gave, on its device: int64 (micro, T) each.
 

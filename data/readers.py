@@ -4,10 +4,12 @@ import contextlib
 import os
 import queue
 import signal
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,6 +23,10 @@ AHEAD = 4
 """Rounds that a process holds ready."""
 _IGNORED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """What is sent to all of a job's processes: those that train decide what follows."""
+
+_CODE = "import sys; sys.path[:] = {path!r}; from geon.data.readers import serve; serve({number})"
+"""A process of its own, not of `multiprocessing`: that would import the program again, and a fork
+would copy a GPU's context and the locks of threads."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,21 @@ class Readers:
         workers: int,
     ) -> None:
         """As `Inline`. workers: processes, at most as many as parts."""
-        context = get_context("spawn")  # a fork would copy a GPU's context, and locks of threads
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         for mine in np.array_split(np.array(list(places)), workers):
-            ours, theirs = context.Pipe(duplex=False)
-            told = (theirs, recipe, {int(p): places[int(p)] for p in mine}, count)
-            process = context.Process(target=_serve, args=told, name="geon-reader", daemon=True)
-            process.start()
+            ours, theirs = socket.socketpair()
+            code = _CODE.format(path=sys.path, number=theirs.fileno())
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                )
+            )
             theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+            self._pipes.append(Connection(ours.detach()))
+            self._pipes[-1].send((recipe, {int(p): places[int(p)] for p in mine}, count))
 
     def next(self) -> Round:
         """The next round of all parts.
@@ -95,10 +105,11 @@ class Readers:
         try:
             found = self._pipes[number].recv()
         except (EOFError, OSError):
-            self._processes[number].join(5)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._processes[number].wait(5)
             raise RuntimeError(
-                f"a process that reads data.dataset ended (exit code "
-                f"{self._processes[number].exitcode}): was it killed for memory? A smaller "
+                f"a process that reads data.dataset ended (exit status "
+                f"{self._processes[number].returncode}): was it killed for memory? A smaller "
                 "data.buffer or fewer data.workers take less; the run goes on from its checkpoint"
             ) from None
         if isinstance(found, Exception):
@@ -111,22 +122,22 @@ class Readers:
         for process in self._processes:
             process.kill()
         for process in self._processes:
-            process.join()
+            process.wait()
         for pipe in self._pipes:
             pipe.close()
         self._pipes, self._processes = [], []
 
 
-def _serve(
-    pipe: Connection,
-    recipe: Recipe,
-    places: Mapping[int, Mapping[str, Any] | None],
-    count: int,
-) -> None:
-    """Main function of a process: rounds into the pipe until nobody reads it."""
+def serve(number: int) -> None:
+    """Main function of a process: rounds into a pipe until nobody reads it.
+
+    number: of the pipe's file; its first message says what to read.
+    """
     for name in _IGNORED:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    pipe = Connection(number)
+    recipe, places, count = pipe.recv()
     ready: queue.Queue[Round | Exception] = queue.Queue(AHEAD)
 
     def send() -> None:

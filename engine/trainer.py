@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geon.data import Batches, Loader
+from geon.data import Batches, Loader, StreamBatches
 from geon.engine.build import Run
 from geon.engine.health import Health
 from geon.engine.loggers import Logger
@@ -93,8 +93,9 @@ class Trainer:
         return progress(self.run.config.schedule, self.step, self.elapsed)
 
     def read_from(self, batches: Batches) -> None:
-        """Read other batches from here on, unless they are the same."""
-        if batches.first(self.step) != self.run.batches.first(self.step):
+        """Read other batches from here on, unless they are the same; a stream's never are."""
+        same = batches.first(self.step) == self.run.batches.first(self.step)
+        if isinstance(batches, StreamBatches) or not same:
             self.run.batches = batches
             self.loader.close()
             self.loader = Loader(batches, self.run.parallel.device)

@@ -1,0 +1,5 @@
+from geon.data.codec import ByteCodec
+
+
+def open_codec(name):
+    return ByteCodec()
