@@ -46,11 +46,6 @@ def _source(*sources: Source) -> Callable[[Config], bool]:
     return lambda c: c.data.source in sources
 
 
-def _any_source(*sources: Source) -> Callable[[Config], bool]:
-    """A source, or one in a mixture."""
-    return lambda c: any(part.source in sources for part in [c.data, *c.data.parts().values()])
-
-
 def _split(config: Config) -> bool:
     data = config.data
     if data.source is Source.mix:
@@ -98,7 +93,7 @@ def _ladder(rule: RuleConfig) -> bool:
 
 WHEN = (
     When("data.path", "data=text", _source(Source.text)),
-    When("data.bpe_vocab", "data=text", _any_source(Source.text)),
+    When("data.bpe_vocab", "data=text", _source(Source.text)),
     When("data.dir", "data=bins", _source(Source.bins)),
     When("data.train", "data=bins, without data.dir", _globs),
     When("data.val", "data=bins, without data.dir", _globs),
@@ -106,7 +101,8 @@ WHEN = (
     When("data.tokens", "data=synthetic", _source(Source.synthetic)),
     When("data.val_percent", "a source that is split: not data=bins, no data.val_split", _split),
     *(When(f"data.{word}", "data=stream", _source(Source.stream))
-      for word in ("dataset", "subset", "revision", "split", "val_split", "streams", "workers")),
+      for word in ("tokenizer", "field", "dataset", "subset", "revision", "split", "val_split",
+                   "streams", "workers")),
     When("data.buffer", "data=stream, and data.shuffle=true",
          lambda c: c.data.source is Source.stream and c.data.shuffle),
     When("data.mix*", "data=mix", _source(Source.mix)),

@@ -86,7 +86,9 @@ class DataConfig:
     tokens: int = 0
     """data=synthetic: length."""
     tokenizer: str = ""
+    """data=stream: the tokenizer's name; empty reads bytes."""
     field: str = "text"
+    """data=stream: column of the text."""
     dataset: str = ""
     """data=stream: a Hugging Face dataset by name, or a local file or folder of .jsonl, .json,
     .parquet or .txt."""
@@ -122,7 +124,7 @@ class DataConfig:
         return found
 
 
-PLACE_WORDS = ("path", "train", "val", "dir", "dtype", "tokens")
+PLACE_WORDS = ("path", "train", "val", "dir", "dtype", "tokens", "bpe_vocab")
 """Keys of data that a source of a mixture does not take over from `data` where it lacks them."""
 
 
@@ -141,7 +143,6 @@ class MixConfig:
     dtype: str | None = None
     tokens: int | None = None
     val_percent: float | None = None
-    bpe_vocab: int | None = None
 
 
 @dataclass

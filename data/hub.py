@@ -196,6 +196,11 @@ def identify(where: Where) -> dict[str, Any]:
                 opened.seek(max(0, size - _EDGE))
                 digest.update(opened.read(_EDGE))
         return {"files": len(files), "fingerprint": digest.hexdigest()}
+    if where.dataset.startswith(("/", ".", "~")) or where.dataset.count("/") > 1:
+        raise UsageError(
+            f"data.dataset '{where.dataset}' does not exist (looked in {Path.cwd()}), and is no "
+            "name of a dataset on the hub"
+        )
     try:
         from huggingface_hub import HfApi
     except ImportError:

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, an order that is a function of (seed, step), and sources checked alone."""
+"""Mixtures: exact shares, an order by (seed, step) alone, and sources checked as if alone."""
 
 from collections import Counter
 from fractions import Fraction
