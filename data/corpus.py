@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from geon.data.codec import ByteCodec, Codec
-from geon.data.hub import Where
+from geon.data.hf import Where
 from geon.errors import UsageError
 
 SEPARATOR = b"\x00"

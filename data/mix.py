@@ -110,8 +110,11 @@ def mixed_corpus(parts: Mapping[str, Corpus], weights: Mapping[str, float]) -> C
         digest.update(f"{name} {part.facts['sha256']} ".encode())
     first = next(iter(parts.values()))
     words = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
-    facts = {name: {k: v for k, v in part.facts.items() if k != "name"} for name, part in
-             parts.items()}  # fmt: skip
+    told = ("name", "no text")  # may hold paths of a host, and ranks compare the rest
+    facts = {
+        name: {key: value for key, value in part.facts.items() if key not in told}
+        for name, part in parts.items()
+    }
     return Corpus(
         train=_joined("training tokens of data.mix", [part.train for part in parts.values()]),
         val=_joined("validation tokens of data.mix", [part.val for part in parts.values()]),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from geon.data.hub import open_dataset
+from geon.data.hf import open_dataset
 from geon.data.stream import Recipe, Stream
 from geon.errors import UsageError
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from geon.data.codec import load_codec
-from geon.data.hub import Documents, Reading, Where, open_dataset
+from geon.data.hf import Documents, Reading, Where, open_dataset
 from geon.data.order import permute
 from geon.errors import UsageError
 

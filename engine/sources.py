@@ -8,7 +8,7 @@ from typing import Any
 from geon.configs.schema import Config, DataConfig
 from geon.data import Batches, Corpus, MixedBatches, Split, StreamBatches, mixed_corpus
 from geon.data.codec import Codec
-from geon.data.hub import Where, identify, open_dataset
+from geon.data.hf import Where, identify, open_dataset
 from geon.data.stream import Recipe, validation
 from geon.engine.loggers import say
 from geon.errors import UsageError

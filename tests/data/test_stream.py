@@ -14,7 +14,7 @@ import datasets
 import zstandard
 
 from geon.data import StreamBatches, load_codec
-from geon.data.hub import Where, identify, open_dataset
+from geon.data.hf import Where, identify, open_dataset
 from geon.data.stream import Recipe, Stream, held_out, validation
 from geon.errors import UsageError
 
