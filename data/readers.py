@@ -3,7 +3,6 @@
 import contextlib
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -24,9 +23,18 @@ AHEAD = 4
 _IGNORED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """What is sent to all of a job's processes: those that train decide what follows."""
 
-_CODE = "import sys; sys.path[:] = {path!r}; from geon.data.readers import serve; serve({number})"
+_CODE = """
+import signal, sys
+for name in {ignored!r}:
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+sys.path[:] = {path!r}
+from geon.data.readers import serve
+serve({number})
+"""
 """A process of its own, not of `multiprocessing`: that would import the program again, and a fork
-would copy a GPU's context and the locks of threads."""
+would copy a GPU's context and the locks of threads. Signals are ignored before the imports, which
+take a second."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,13 @@ class Readers:
         self._processes: list[subprocess.Popen[bytes]] = []
         for mine in np.array_split(np.array(list(places)), workers):
             ours, theirs = socket.socketpair()
-            code = _CODE.format(path=sys.path, number=theirs.fileno())
+            code = _CODE.format(ignored=_IGNORED, path=sys.path, number=theirs.fileno())
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, "-c", code],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
             )
             theirs.close()
@@ -133,9 +142,6 @@ def serve(number: int) -> None:
 
     number: of the pipe's file; its first message says what to read.
     """
-    for name in _IGNORED:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     pipe = Connection(number)
     recipe, places, count = pipe.recv()
     ready: queue.Queue[Round | Exception] = queue.Queue(AHEAD)
