@@ -138,6 +138,7 @@ def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batch
     Raises:
         UsageError: the batch does not divide; names the nearest one that does.
     """
+    main = rank == 0
     tensor = mesh_shape(config.parallel, world).get("tensor", 1)
     rank, world = rank // tensor, world // tensor
     context, tokens = config.model.context, config.data.batch_tokens
@@ -160,7 +161,7 @@ def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batch
         "seed": config.seed,
         "shuffle": config.data.shuffle,
     }
-    return sources.batches(config, corpus, common)
+    return sources.batches(config, corpus, common, main)
 
 
 def initialise(model: LanguageModel, routing: Routing, seed: int) -> None:

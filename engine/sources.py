@@ -111,8 +111,10 @@ def _held(config: DataConfig) -> int:
     return 0 if config.val_split else max(1, round(config.val_percent * 100))
 
 
-def batches(config: Config, corpus: Corpus, common: dict[str, Any]) -> Batches:
-    """Batches of any source. common: arguments of `Batches`.
+def batches(config: Config, corpus: Corpus, common: dict[str, Any], main: bool) -> Batches:
+    """Batches of any source.
+
+    common: arguments of `Batches`. main: whether this rank speaks for all.
 
     Raises:
         UsageError: as the batches do.
@@ -135,5 +137,5 @@ def batches(config: Config, corpus: Corpus, common: dict[str, Any]) -> Batches:
         data.buffer,
         _held(data),
     )
-    speaks = say if common["rank"] == 0 else None
-    return StreamBatches(**common, recipe=recipe, workers=data.workers, say=speaks)
+    speaker = say if main else None
+    return StreamBatches(**common, recipe=recipe, workers=data.workers, say=speaker)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geon.configs.changes import Kind, changes, is_place
 from geon.data import Batches, Corpus, MixedBatches, Split, load_codec, mixed_corpus
 from geon.data.mix import SLOTS, Schedule
 from geon.engine.evaluate import Evaluation, together
@@ -113,6 +114,13 @@ def test_facts_follow_the_sources_and_say_their_shares():
     assert one.shares == {"a": 0.75, "b": 0.25} == one.facts["shares"]
     other = mixed_corpus({"a": corpus("a"), "c": corpus("c")}, {"a": 3, "c": 1})
     assert one.facts["sha256"] != other.facts["sha256"]
+
+
+def test_a_source_may_lie_elsewhere_and_what_it_is_may_not_change():
+    assert is_place("data.mix.prose.path") and is_place("data.dataset") and is_place("data.path")
+    assert not is_place("data.mix.prose.weight") and not is_place("model.path")
+    found = changes({"data.mix.a.weight": 1.0}, {"data.mix.a.weight": 2.0})
+    assert [(c.key, c.kind) for c in found] == [("data.mix.a.weight", Kind.refused)]
 
 
 def test_the_loss_of_a_mixture_is_that_of_its_average_token_and_byte():

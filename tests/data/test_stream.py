@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test nee
 import datasets
 import zstandard
 
-from geon.data import StreamBatches, load_codec
+from geon.data import Loader, StreamBatches, load_codec
+from geon.data.bpe import train_bpe
 from geon.data.hf import Where, identify, open_dataset
 from geon.data.stream import Recipe, Stream, held_out, validation
 from geon.errors import UsageError
@@ -124,6 +126,18 @@ def test_kinds_of_files_give_the_same_documents(folder, tmp_path):
         assert np.array_equal(found, expected), place
 
 
+def test_any_codec_gives_its_own_ids_and_its_own_separator(folder, monkeypatch):
+    codec = train_bpe("\n".join(TEXTS), 300)
+    of = replace(recipe(folder, shuffle=False), codec=codec.serialise())
+    for eot in (None, 7):
+        monkeypatch.setattr(type(codec), "eot", eot)
+        before = [] if eot is None else [eot]
+        ids = [i for text in TEXTS for i in [*before, *codec.encode(text).tolist()]]
+        found = opened(of).windows((len(ids) - 1) // CONTEXT)
+        assert found[0].tolist() == ids[: CONTEXT + 1]
+        assert found[:, 1:].ravel().tolist() == ids[1 : found.shape[0] * CONTEXT + 1]
+
+
 def test_a_fingerprint_follows_the_files(folder, tmp_path):
     (tmp_path / "a.txt").write_text("one text")
     first = identify(Where(str(tmp_path)))
@@ -188,6 +202,17 @@ def json_places(places):
 def test_parts_that_do_not_divide_are_refused(folder, world, parts, workers, said):
     with pytest.raises(UsageError, match=said):
         batches(folder, 0, world, workers, parts)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_loader_reads_a_stream_ahead_of_the_training(folder, ahead):
+    plain, loader = batches(folder), Loader(batches(folder), torch.device("cpu"), ahead)
+    for step in (0, 1, 2, 4, 5, 3, 4):  # on; over one that is left out; back
+        for (x, y), (inputs, targets) in zip(plain.step(step), loader.step(step), strict=True):
+            assert torch.equal(x, inputs) and torch.equal(y, targets)
+        places = loader._batches.places_at(step + 1)  # as a checkpoint after this step asks
+        assert places == plain.places_at(step + 1)
+    loader.close()
 
 
 def test_processes_read_the_same_and_their_end_is_an_error(folder):
