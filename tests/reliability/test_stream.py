@@ -47,6 +47,7 @@ def read(path):
     return found
 
 
+@pytest.mark.row("R18")
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit_and_reads_the_same_on_other_ranks(folder, tmp_path):  # noqa: F811
