@@ -114,7 +114,9 @@ class DataConfig:
 
     def parts(self) -> dict[str, "DataConfig"]:
         """Sources of a mixture by name, each as if it were alone."""
-        alone = {f.name: f.default for f in fields(DataConfig) if f.name in PLACE_WORDS}
+        alone: dict[str, Any] = {
+            f.name: f.default for f in fields(DataConfig) if f.name in PLACE_WORDS
+        }
         base = replace(self, mix={}, **alone)
         found = {}
         for name, entry in self.mix.items():

@@ -18,7 +18,7 @@ def facts(batches: Batches, step: int, parallel: Parallel) -> dict[str, Any] | N
     if not isinstance(batches, StreamBatches):
         return None
     assert batches.recipe is not None
-    places = {}
+    places: dict[str, Any] = {}
     for found in parallel.gather(batches.places_at(step)):
         places |= {str(part): place for part, place in (found or {}).items()}
     if not places:

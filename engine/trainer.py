@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end of the schedule, then let the callbacks finish."""
-        with closing(self.loader), collected_seldom():
+        with ExitStack() as last, collected_seldom():
+            last.callback(lambda: self.loader.close())  # the one that is there then
             for callback in self._entered():
                 callback.on_start(self)
             self._resumed_at = time.perf_counter() - self.elapsed
