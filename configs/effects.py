@@ -64,8 +64,8 @@ def _any_rule(test: Callable[[RuleConfig], bool]) -> Callable[[Config], bool]:
 def _has_members(config: Config, place: str) -> bool:
     """Whether the model has parameters of a role; the globs of overrides are read in any case."""
     model = config.model
-    tied = model.arch is Arch.gpt2
-    vectors = tied or model.gains
+    tied = model.arch is Arch.gpt2 or model.tied
+    vectors = model.arch is not Arch.gpt or model.gains
     return {"optim.head": not tied, "optim.tied": tied, "optim.rest": vectors}.get(place, True)
 
 
@@ -108,7 +108,8 @@ WHEN = (
     When("data.mix*", "data=mix", _source(Source.mix)),
     When("model.n_head", "model.head_dim=0", lambda c: not c.model.head_dim),
     When("model.base_width", "model.mup=true", lambda c: c.model.mup),
-    When("model.rope_base", "model=gpt", lambda c: c.model.arch is Arch.gpt),
+    *(When(f"model.{word}", "model=gpt", lambda c: c.model.arch is Arch.gpt)
+      for word in ("rope_base", "tied", "activation_scale", "gains")),
     When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),

@@ -83,6 +83,7 @@ RANGES: dict[str, Test] = {
     "model.mlp_ratio": positive(64),
     "model.softcap": must("0, or between 0.1 and 1e6", lambda x: x == 0 or 0.1 <= x <= 1e6),
     "model.rope_base": must("above 1 and at most 1e12", lambda x: 1 < x <= 1e12),
+    "model.activation_scale": positive(100),
     "model.base_width": positive(2**17),
     "model.head_dim": not_negative(2**17),
     "optim.name": line(128, empty=False),

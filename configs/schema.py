@@ -40,9 +40,16 @@ class ModelConfig:
     """Token ids; follows data.vocab_size unless set (a larger one pads)."""
     mlp_ratio: int = 4
     softcap: float = 0.0
+    """Bound of the logits z: softcap * tanh(z / softcap); gpt_track3: softcap * z / sqrt(z^2 +
+    softcap^2). 0 leaves them."""
     fused_qkv: bool = False
     zero_init_proj: bool = False
     rope_base: float = 10000.0
+    tied: bool = False
+    """gpt: the embedding is the head as well, and enters the residual stream unnormalised (records
+    3 to 7 of the NanoGPT speedrun)."""
+    activation_scale: float = 1.0
+    """gpt: factor on the squared ReLU; 2 keeps variances (Scion)."""
     gains: bool = False
     """gpt: each hidden matrix is diag(rows) W diag(cols), rows and cols learnt by optim.rest."""
     mup: bool = False
