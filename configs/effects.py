@@ -162,7 +162,7 @@ WHEN = (
 """The first line that fits a key and does not hold is the reason of the refusal. A key without a
 line is read by every run."""
 
-_ANY_RULE = "rule lr lr_scale"
+_ANY_RULE = "rule lr lr_scale cooldown"
 RULE_READS = {
     RuleKind.adamw: f"{_ANY_RULE} weight_decay betas eps per_head idle pattern optional",
     RuleKind.baseline: f"{_ANY_RULE} baseline options per_head idle pattern optional",
@@ -229,6 +229,8 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
             if not _has_members(config, route):
                 return "parameters of this role, and the model has none"
             word = key[len(route) + 1 :].split(".")[0]
+            if word == "cooldown" and config.schedule.shape is not Shape.linear:
+                return "schedule=linear"
             if word and word not in RULE_READS[rule.rule].split():
                 kinds = [kind.value for kind, words in RULE_READS.items() if word in words.split()]
                 return f"{route}.rule={' or '.join(kinds)}, not {rule.rule.value}"

@@ -15,7 +15,7 @@ from geon.engine.build import Run
 from geon.engine.health import Health
 from geon.engine.loggers import Logger
 from geon.engine.metrics import PeakMemory, Stopwatch
-from geon.engine.schedule import fraction, progress
+from geon.engine.schedule import fraction, own_fractions, progress
 from geon.errors import UsageError
 
 COLLECT_EVERY = 1000
@@ -141,6 +141,10 @@ class Trainer:
         run = self.run
         self.lr_fraction = fraction(run.config.schedule, self.progress)
         run.optimizer.set_lr(self.lr_fraction)
+        own = own_fractions(run.config.schedule, run.routing.configs, self.progress)
+        for group in run.optimizer.param_groups:
+            if group["name"] in own:
+                group["lr"] = own[group["name"]] * group["initial_lr"]
         self.loss = None
         if self.step in self.health.banned:
             self.health.leave_out(self, "the run went back from here")
