@@ -1,4 +1,4 @@
-"""model=gpt_track3 and experiment=speedrun/track3_muon beside an independent reading of the rules."""
+"""gpt_track3 and speedrun/track3_muon beside an independent reading of the rules."""
 
 import math
 from contextlib import closing
@@ -50,7 +50,7 @@ def shards(tmp_path_factory):
 
 def small(name, options, layers=2):
     """Config of an experiment at a tenth of the width, on a CPU."""
-    config = compose(
+    return compose(
         [
             f"experiment=speedrun/{name}",
             *options,
@@ -66,7 +66,6 @@ def small(name, options, layers=2):
             "device=cpu",
         ]
     )
-    return config
 
 
 def step_all(config, weights=None):
