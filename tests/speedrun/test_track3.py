@@ -1,4 +1,4 @@
-"""model=gpt_track3 and experiment=speedrun/track3_muon beside a reading of the rules."""
+"""gpt_track3 and speedrun/track3_muon beside an independent reading of the rules."""
 
 import math
 from contextlib import closing
@@ -148,7 +148,8 @@ def test_twenty_steps_agree_with_the_reading(shards, layers):
     theirs = reading.train(weights, batches, HEADS, STEPS)
     assert ours[0] == pytest.approx(math.log(VOCAB), abs=1e-5)
     assert ours[-1] < ours[0] - 0.5
-    assert ours == pytest.approx(theirs, abs=1e-4)
+    # An attention scale of 0.13 instead of 0.12 moves them by 7e-5.
+    assert ours == pytest.approx(theirs, abs=1e-5)
     for name, param in model.named_parameters():
         other = weights[track_name(name)]
         assert (param - other).norm() <= 2e-3 * other.norm(), name
