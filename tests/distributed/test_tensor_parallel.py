@@ -162,11 +162,12 @@ def main(cases):
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
-        (2, ["gpt:tp", "gpt2:tp", "gpt:fsdp", "gpt2:fsdp_rows"]),
+        (2, ["gpt:tp", "gpt2:tp", "gpt_track3:tp", "gpt:fsdp", "gpt2:fsdp_rows"]),
         (3, ["gpt:fsdp", "gpt2:fsdp"]),
         (4, ["gpt:tp", "gpt:fsdp_tp", "gpt2:fsdp_tp", "gpt:fsdp_tp_rows", "gpt:hsdp"]),
         pytest.param(6, ["gpt:fsdp_tp", "gpt2:fsdp_tp"], marks=pytest.mark.slow),
         pytest.param(8, ["gpt:hsdp_tp", "gpt2:hsdp_tp"], marks=pytest.mark.slow),
+        pytest.param(4, ["gpt_track3:fsdp_tp", "gpt_track3:hsdp"], marks=pytest.mark.slow),
     ],
 )
 def test_ranks_compute_what_one_process_computes(ranks, cases):

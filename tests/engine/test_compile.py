@@ -38,7 +38,12 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["parallel.activation_checkpointing=true", "parallel.loss_chunks=2", "model=gpt2"]]
+    "more",
+    [
+        [],
+        ["parallel.activation_checkpointing=true", "parallel.loss_chunks=2", "model=gpt2"],
+        ["model=gpt_track3", "parallel.loss_chunks=2"],
+    ],
 )
 def test_training_and_evaluation_are_compiled_once_each(tmp_path, graphs, capsys, more):
     (tmp_path / "a.txt").write_text("".join(f"{i} squared is {i * i}.\n" for i in range(2000)))
