@@ -21,8 +21,8 @@ from tests.speedrun import reading
 VOCAB, HEADS, WIDTH, CONTEXT, ROWS, STEPS = 509, 6, 72, 64, 8, 20
 """A tenth of the width, near enough: 6 heads of 12.
 
-VOCAB does not divide the tokens of a batch: else the head's first gradient is zero for ids that occur
-as often as the average, and Adam's first step follows the sign of its rounding.
+VOCAB does not divide the tokens of a batch: else the first gradient of the head's bias is zero for
+ids that occur as often as the average, and Adam's first step follows the sign of its rounding.
 """
 
 
