@@ -31,6 +31,8 @@ class Source(Enum):
     text = "text"
     bins = "bins"
     synthetic = "synthetic"
+    stream = "stream"
+    mix = "mix"
 
 
 class Layouts(Enum):

@@ -1,7 +1,7 @@
 """When a key is read: one that is typed and not read is refused, because nothing is silent."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -46,6 +46,13 @@ def _source(*sources: Source) -> Callable[[Config], bool]:
     return lambda c: c.data.source in sources
 
 
+def _split(config: Config) -> bool:
+    data = config.data
+    if data.source is Source.mix:
+        return any(part.source is not Source.bins for part in data.parts().values())
+    return data.source is not Source.bins and not data.val_split
+
+
 def _layout(*layouts: Layouts) -> Callable[[Config], bool]:
     return lambda c: c.parallel.layout in layouts
 
@@ -60,6 +67,14 @@ def _has_members(config: Config, place: str) -> bool:
     tied = model.arch is Arch.gpt2
     vectors = tied or model.gains
     return {"optim.head": not tied, "optim.tied": tied, "optim.rest": vectors}.get(place, True)
+
+
+def _globs(config: Config) -> bool:
+    return config.data.source is Source.bins and not config.data.dir
+
+
+def _text(config: Config) -> bool:
+    return config.data.source is not Source.synthetic
 
 
 def _polar(rule: RuleConfig) -> bool:
@@ -79,11 +94,18 @@ def _ladder(rule: RuleConfig) -> bool:
 WHEN = (
     When("data.path", "data=text", _source(Source.text)),
     When("data.bpe_vocab", "data=text", _source(Source.text)),
-    When("data.train", "data=bins", _source(Source.bins)),
-    When("data.val", "data=bins", _source(Source.bins)),
+    When("data.dir", "data=bins", _source(Source.bins)),
+    When("data.train", "data=bins, without data.dir", _globs),
+    When("data.val", "data=bins, without data.dir", _globs),
+    When("data.dtype", "data=bins, without data.dir", _globs),
     When("data.tokens", "data=synthetic", _source(Source.synthetic)),
-    When("data.val_percent", "a source that is split: not data=bins",
-         lambda c: c.data.source is not Source.bins),
+    When("data.val_percent", "a source that is split: not data=bins, no data.val_split", _split),
+    *(When(f"data.{word}", "data=stream", _source(Source.stream))
+      for word in ("tokenizer", "field", "dataset", "subset", "revision", "split", "val_split",
+                   "streams", "workers")),
+    When("data.buffer", "data=stream, and data.shuffle=true",
+         lambda c: c.data.source is Source.stream and c.data.shuffle),
+    When("data.mix*", "data=mix", _source(Source.mix)),
     When("model.n_head", "model.head_dim=0", lambda c: not c.model.head_dim),
     When("model.base_width", "model.mup=true", lambda c: c.model.mup),
     When("model.rope_base", "model=gpt", lambda c: c.model.arch is Arch.gpt),
@@ -108,7 +130,7 @@ WHEN = (
     When("health.max_rewinds", "health.policy=rewind",
          lambda c: c.health.policy is Policy.rewind),
     When("logger.wandb_*", "logger.wandb=true", lambda c: c.logger.wandb),
-    When("eval.sample_tokens", "text: data=stdlib or text", _source(Source.stdlib, Source.text)),
+    When("eval.sample_tokens", "text: data=stdlib, text or bins", _text),
     When("eval.sample_prompt", "eval.sample_tokens above 0", lambda c: c.eval.sample_tokens > 0),
     When("eval.sample_temperature", "eval.sample_tokens above 0",
          lambda c: c.eval.sample_tokens > 0),
@@ -191,6 +213,12 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
     """When a leaf is read, where this config does not read it; '' where it does."""
     if key == "optim.lr" and not _followed(config, raw):
         return "a rate that follows it (lr: ${optim.lr}), and every rate here is set by itself"
+    if key.startswith("data.mix.") and config.data.source is Source.mix:
+        name, _, word = key.removeprefix("data.mix.").partition(".")
+        part = config.data.parts().get(name)
+        if part is None or word in ("", "weight", "source"):
+            return ""
+        return unread(replace(config, data=part), f"data.{word}", raw).replace("data=", "source=")
     for when in WHEN:
         if fnmatchcase(key, when.keys) and not when.read(config):
             return when.words

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from geon.configs.choices import RuleKind
+from geon.configs.choices import RuleKind, Source
 from geon.configs.recipes import RuleConfig
 from geon.configs.schema import Config
 from geon.errors import UsageError, shown
@@ -115,7 +115,20 @@ RANGES: dict[str, Test] = {
     "data.bpe_vocab": must("0, or between 256 and 2^20", lambda x: x == 0 or 256 <= x <= 2**20),
     "data.train": PATH,
     "data.val": PATH,
+    "data.dir": PATH,
+    "data.dtype": one_of("", "uint16", "uint32"),
     "data.tokens": not_negative(2 * 10**7),
+    "data.tokenizer": PATH,
+    "data.field": PATH,
+    "data.dataset": PATH,
+    "data.subset": line(256),
+    "data.revision": line(256),
+    "data.split": line(256, empty=False),
+    "data.val_split": line(256),
+    "data.streams": positive(2**20),
+    "data.buffer": positive(10**7),
+    "data.workers": not_negative(1024),
+    "data.mix": ANY,
     "parallel.replicas": positive(2**20),
     "parallel.tensor": positive(2**20),
     "parallel.zero": must("one of 0, 1, 2, 3", lambda x: 0 <= x <= 3),
@@ -217,12 +230,29 @@ def check_values(config: Config) -> None:
                 f"{place}.weight_decay {shrinks} at {place}.lr {rule.lr * rule.lr_scale:g}: a step "
                 "takes off the weight times their product, which is at most 1"
             )
+    _check_mix(config)
     schedule = config.schedule
     if schedule.shape.value == "linear" and schedule.warmup + schedule.decay > 1 + 1e-9:
         raise UsageError(
             f"schedule.warmup {schedule.warmup} and schedule.decay {schedule.decay} overlap: "
             "together they are at most 1, the whole run"
         )
+
+
+def _check_mix(config: Config) -> None:
+    for name, entry in config.data.mix.items():
+        place = f"data.mix.{shown(name)}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            raise UsageError(f"{place}: name it by letters, digits, _ and -")
+        if entry.source in (Source.stream, Source.mix):
+            raise UsageError(
+                f"{place}.source={entry.source.value}: a mixture is of stdlib, text, bins and "
+                "synthetic, whose length is known"
+            )
+        _check(f"{place}.weight", entry.weight, positive(1e6))
+        for key, value in vars(entry).items():
+            if value is not None and f"data.{key}" in RANGES:
+                _check(f"{place}.{key}", value, RANGES[f"data.{key}"])
 
 
 def rules(config: Config) -> dict[str, RuleConfig]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from geon.configs.changes import check_allowed, flat, plain
-from geon.configs.choices import Layouts, Mode
+from geon.configs.choices import Layouts, Mode, Source
 from geon.configs.schema import Config
 from geon.data import Batches, Corpus
 from geon.engine import build
 from geon.engine.backends import check_deepspeed
-from geon.engine.evaluate import val_windows
+from geon.engine.evaluate import check_val
 from geon.engine.health import check_health
 from geon.engine.loggers import check_loggers
 from geon.engine.parallel import check_layout
@@ -66,8 +66,10 @@ def check(
     check_deepspeed(config, routing)
     check_health(config, routing)
     corpus = corpus or _read_data(config, tokenizer())
+    check_samples(config, corpus)
     batches = build.make_batches(config, corpus, rank, world)
-    val_windows(corpus, config.model.context, config.data.val_tokens)
+    if corpus.stream is None:  # a stream's is read by the run alone: it may take a while
+        check_val(corpus, config.model.context, config.data.val_tokens)
     return Checked(corpus, batches, model, routing)
 
 
@@ -102,6 +104,21 @@ def check_ids(config: Config) -> None:
         raise UsageError(
             f"model.vocab_size {config.model.vocab_size} is below data.vocab_size "
             f"{config.data.vocab_size}: leave it out, and it follows the data, or make it larger"
+        )
+
+
+def check_samples(config: Config, corpus: Corpus) -> None:
+    """Refuse a sample of shards whose tokenizer is not there.
+
+    Raises:
+        UsageError: names the key.
+    """
+    unknown = config.data.source in (Source.bins, Source.mix) and corpus.codec is None
+    if config.eval.sample_tokens and unknown:
+        why = corpus.facts.get("no text", "no meta.json with a tokenizer lies beside the shards")
+        raise UsageError(
+            f"eval.sample_tokens {config.eval.sample_tokens}: the text of these ids is not known, "
+            f"because {why}; set eval.sample_tokens=0, or bring the tokenizer"
         )
 
 
