@@ -204,8 +204,8 @@ def check_effects(
     for place, value in leaves.items():
         if (reason := unread(config, place, raw)) and not _holds_anyway(given, place, value):
             raise UsageError(
-                f"{place}={shown(str(value))} has no effect: {place} is read with {reason}; "
-                "leave it out"
+                f"{place}={shown(str(value))} has no effect{_beside(config, place)}: {place} is "
+                f"read with {reason}; leave it out"
             )
 
 
@@ -251,6 +251,15 @@ def _followed(config: Config, raw: Mapping[str, Any]) -> bool:
         if _has_members(config, place) and "optim.lr" in str((node or {}).get("lr")):
             return True
     return False
+
+
+def _beside(config: Config, place: str) -> str:
+    """What was chosen of the group that a key belongs to."""
+    kind = {"data": "source", "parallel": "layout", "model": "arch", "schedule": "shape"}
+    group = place.split(".")[0]
+    if (word := kind.get(group)) is None:
+        return ""
+    return f" with {group}.{word}={getattr(getattr(config, group), word).value}"
 
 
 def _holds_anyway(given: Callable[[], Any], key: str, value: Any) -> bool:

@@ -227,8 +227,9 @@ def check_values(config: Config) -> None:
         shrinks = 0.0 if rule.rule is RuleKind.baseline else rule.weight_decay
         if rule.lr * rule.lr_scale * shrinks > 1:
             raise UsageError(
-                f"{place}.weight_decay {shrinks} at {place}.lr {rule.lr * rule.lr_scale:g}: a step "
-                "takes off the weight times their product, which is at most 1"
+                f"{place}.weight_decay {shrinks} x {place}.lr {rule.lr:g} x {place}.lr_scale "
+                f"{rule.lr_scale:g} is above 1: a step takes off the weight times that product; "
+                f"lower one of them{' (optim.lr)' if rule.lr == config.optim.lr else ''}"
             )
     _check_mix(config)
     schedule = config.schedule
