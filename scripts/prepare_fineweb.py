@@ -188,7 +188,8 @@ def _tokenizer(
     except (DownloadError, UsageError) as error:
         print(f"geon: no tokenizer, so no nats/byte and no samples: {error}", file=sys.stderr)
         return TokenizerMeta(name), *gpt2
-    return TokenizerMeta(name, codec.fingerprint, TOKENIZER), codec.vocab_size, codec.eot
+    eot = gpt2[1] if codec.eot is None else codec.eot
+    return TokenizerMeta(name, codec.fingerprint, TOKENIZER), codec.vocab_size, eot
 
 
 def _fetch_tokenizer(endpoint: str, repo: str, folder: Path) -> None:
