@@ -17,6 +17,7 @@ from geon.data.web import DownloadError, Patience, request
 from geon.errors import UsageError
 from tests.data.hub import COMMIT, Hub, serving
 
+pytestmark = pytest.mark.row("R35")
 QUICK = Patience(tries=4, first=0.01, most=0.02, asked=0.05, timeout=5)
 RNG = np.random.default_rng(0)
 CONTENT = {name: RNG.bytes(3_000_000) for name in ("a_train_1.bin", "a_train_2.bin", "a_val_0.bin")}
