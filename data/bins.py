@@ -174,6 +174,8 @@ def _codec(home: Path, meta: Meta) -> tuple[Codec | None, str]:
     known = meta.tokenizer
     if known is None:
         return None, f"'{home / META}' names no tokenizer"
+    if known.file is None and known.name != "bytes":  # no rank asks a hub
+        return None, f"the tokenizer {known.name} does not lie beside '{home / META}'"
     from geon.data.tokenizers import open_codec
 
     try:
