@@ -203,7 +203,7 @@ def _tokenized(path: str, read: _Texts, halves: tuple[bytes, bytes] | None, code
         "train_bytes": sum(map(len, both[0])),
         "val_bytes": sum(map(len, both[1])),
         "sha256": digest.hexdigest(),
-        "tokenizer": codec.name,
+        "tokenizer": codec.fingerprint[:12],  # a path would differ between hosts
     }
     if codec.token_bytes() is None:
         facts["no nats/byte"] = "this tokenizer does not give back exact bytes"
