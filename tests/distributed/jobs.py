@@ -91,6 +91,13 @@ def by_rank(ranks: int, program: str, arguments, timeout: float) -> list:
     return found
 
 
+def by_file(ranks: int, program: Path, folder: Path, timeout: float = 150) -> list:
+    """What each rank of a program found: it leaves <rank>.json in the folder it is given."""
+    done = launch(local.torchrun_command(ranks, [str(folder)], program), timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights of a run's newest checkpoint, read by one process."""
     found = checkpoint.find(folder)

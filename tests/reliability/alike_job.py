@@ -59,6 +59,6 @@ if __name__ == "__main__":
     main.start = once
     output, env = Path(sys.argv[1]), read_env()
     found = {odd: told(output, odd, env) for odd in (*ODD, "version", "none")}
-    (output / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+    (output / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     leave(0)

@@ -11,22 +11,9 @@ from geon.engine.reading import TensorReader
 from geon.engine.writing import quiet
 from geon.launch.compose import compose
 from geon.launch.env import Env
+from tests.launch.jobs import SMALLEST
 
-TINY = [
-    "data=synthetic",
-    "data.tokens=20000",
-    "data.vocab_size=64",
-    "data.val_tokens=256",
-    "data.batch_tokens=256",
-    "model.n_layer=1",
-    "model.d_model=32",
-    "model.n_head=2",
-    "model.context=32",
-    "device=cpu",
-    "parallel=single",
-    "parallel.compile=false",
-    "logger.progress=false",
-]
+TINY = [*SMALLEST, "parallel=single", "parallel.compile=false", "logger.progress=false"]
 
 
 def run(output: Path, *options: str, name: str = "run") -> Path:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from geon.launch.local import ROOT, torchrun_command
-from tests.distributed.jobs import launch
+from geon.launch.local import ROOT
+from tests.distributed.jobs import by_file
 
 pytestmark = pytest.mark.dist
 
@@ -23,11 +23,7 @@ WORDS = {
 def told(tmp_path_factory):
     """What two ranks were told, by what they differed in."""
     folder = tmp_path_factory.mktemp("alike")
-    program = ROOT / "tests" / "reliability" / "alike_job.py"
-    done = launch(torchrun_command(2, [str(folder)], program), timeout=150)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    return folder, found
+    return folder, by_file(2, ROOT / "tests" / "reliability" / "alike_job.py", folder)
 
 
 @pytest.mark.parametrize("odd", list(WORDS))

@@ -11,16 +11,15 @@ from geon.engine.trainer import Callback
 from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.env import Env
-from geon.launch.local import ROOT, torchrun_command
+from geon.launch.local import ROOT
 from geon.optim import hybrid
-from tests.distributed.jobs import distance, launch, metrics, weights
+from tests.distributed.jobs import by_file, distance, metrics, weights
+from tests.launch.jobs import SMALLEST
 from tests.reliability.numbers_job import SHAPES, feed, make
 
 TINY = [
-    *("parallel=single", "device=cpu", "model.n_layer=1", "model.d_model=32", "model.n_head=2"),
-    *("model.context=32", "data=synthetic", "data.tokens=20000", "data.vocab_size=64"),
-    *("data.val_tokens=1024", "data.batch_tokens=256", "schedule.steps=12", "logger.every=50"),
-    *("logger.progress=false", "optim=muon"),
+    *(*SMALLEST, "parallel=single", "optim=muon", "data.val_tokens=1024", "schedule.steps=12"),
+    *("logger.every=50", "logger.progress=false"),
 ]
 
 
@@ -232,10 +231,7 @@ def test_policies_that_cannot_be_followed_are_refused(tmp_path, monkeypatch, opt
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    program = ROOT / "tests" / "reliability" / "numbers_job.py"
-    done = launch(torchrun_command(2, [str(folder)], program), timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return by_file(2, ROOT / "tests" / "reliability" / "numbers_job.py", folder)
 
 
 @pytest.mark.dist

@@ -17,23 +17,12 @@ from geon.launch.compose import compose
 from geon.launch.env import Env
 from geon.launch.local import torchrun_command
 from tests.distributed.jobs import weights
+from tests.launch.jobs import SMALLEST
 
 STEPS = 40
 TINY = [
-    "data=synthetic",
-    "data.tokens=20000",
-    "data.vocab_size=64",
-    "data.val_tokens=2048",
-    "data.batch_tokens=256",
-    "model.n_layer=1",
-    "model.n_head=2",
-    "model.d_model=32",
-    "model.context=32",
-    f"schedule.steps={STEPS}",
-    "eval.batch=1",
-    "checkpoint.every=0",
-    "logger.progress=false",
-    "device=cpu",
+    *(*SMALLEST, "data.val_tokens=2048", f"schedule.steps={STEPS}", "eval.batch=1"),
+    *("checkpoint.every=0", "logger.progress=false"),
 ]
 
 
