@@ -1,4 +1,4 @@
-"""A training script of modded-nanogpt's track 3, run as it is, and watched. Imports nothing of geon.
+"""A script of modded-nanogpt's track 3, run as it is, and watched. Imports nothing of geon.
 
 torchrun --standalone --nproc_per_node=1 scripts/track_run.py SCRIPT --steps 50 --seed 0 --out DIR
 
