@@ -2,10 +2,10 @@
 
 python -m geon.scripts.beside_track --track modded-nanogpt --data fineweb10B --steps 50
 
---track is a checkout of KellerJordan/modded-nanogpt: its train_gpt_simple.py is run as it is, watched
-by scripts/track_run.py. --data is a folder of shards. Both trainers read the same tokens in the same
-order, and start from the track's initial weights. Exit status 1 where losses differ by more than
---within at any step.
+--track is a checkout of KellerJordan/modded-nanogpt: its train_gpt_simple.py is run as it is, and
+watched by scripts/track_run.py. --data is a folder of shards. Both trainers read the same tokens
+in the same order, and start from the track's initial weights. Exit status 1 where losses differ by
+more than --within at any step.
 """
 
 import argparse
