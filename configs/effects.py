@@ -62,6 +62,14 @@ def _has_members(config: Config, place: str) -> bool:
     return {"optim.head": not tied, "optim.tied": tied, "optim.rest": vectors}.get(place, True)
 
 
+def _globs(config: Config) -> bool:
+    return config.data.source is Source.bins and not config.data.dir
+
+
+def _text(config: Config) -> bool:
+    return config.data.source is not Source.synthetic
+
+
 def _polar(rule: RuleConfig) -> bool:
     return _steepest(rule) and (
         rule.norm == "spectral" or rule.manifold not in ("euclidean", "oblique", "frobenius_sphere")
@@ -79,8 +87,10 @@ def _ladder(rule: RuleConfig) -> bool:
 WHEN = (
     When("data.path", "data=text", _source(Source.text)),
     When("data.bpe_vocab", "data=text", _source(Source.text)),
-    When("data.train", "data=bins", _source(Source.bins)),
-    When("data.val", "data=bins", _source(Source.bins)),
+    When("data.dir", "data=bins", _source(Source.bins)),
+    When("data.train", "data=bins, without data.dir", _globs),
+    When("data.val", "data=bins, without data.dir", _globs),
+    When("data.dtype", "data=bins, without data.dir", _globs),
     When("data.tokens", "data=synthetic", _source(Source.synthetic)),
     When("data.val_percent", "a source that is split: not data=bins",
          lambda c: c.data.source is not Source.bins),
@@ -108,7 +118,7 @@ WHEN = (
     When("health.max_rewinds", "health.policy=rewind",
          lambda c: c.health.policy is Policy.rewind),
     When("logger.wandb_*", "logger.wandb=true", lambda c: c.logger.wandb),
-    When("eval.sample_tokens", "text: data=stdlib or text", _source(Source.stdlib, Source.text)),
+    When("eval.sample_tokens", "text: data=stdlib, text or bins", _text),
     When("eval.sample_prompt", "eval.sample_tokens above 0", lambda c: c.eval.sample_tokens > 0),
     When("eval.sample_temperature", "eval.sample_tokens above 0",
          lambda c: c.eval.sample_tokens > 0),

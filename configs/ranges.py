@@ -115,6 +115,8 @@ RANGES: dict[str, Test] = {
     "data.bpe_vocab": must("0, or between 256 and 2^20", lambda x: x == 0 or 256 <= x <= 2**20),
     "data.train": PATH,
     "data.val": PATH,
+    "data.dir": PATH,
+    "data.dtype": one_of("", "uint16", "uint32"),
     "data.tokens": not_negative(2 * 10**7),
     "parallel.replicas": positive(2**20),
     "parallel.tensor": positive(2**20),

@@ -77,6 +77,11 @@ class DataConfig:
     """data=bins: glob of training shards."""
     val: str = ""
     """data=bins: glob of validation shards."""
+    dir: str = ""
+    """data=bins: a folder with a meta.json, which names its shards, in place of the two globs."""
+    dtype: str = ""
+    """data=bins: ids of files without a header, and without a meta.json beside them: uint16 or
+    uint32."""
     tokens: int = 0
     """data=synthetic: length."""
 

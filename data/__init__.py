@@ -1,10 +1,11 @@
 """Token sources and the order in which they are read."""
 
-from geon.data.bins import open_bins, write_bin
+from geon.data.bins import open_bins
 from geon.data.codec import ByteCodec, Codec, load_codec
 from geon.data.corpus import Corpus, Split, stdlib_corpus, text_corpus
 from geon.data.loader import Loader
 from geon.data.order import Batches, sample_index
+from geon.data.shards import write_bin
 from geon.data.synthetic import synthetic_corpus
 
 __all__ = [

@@ -1,232 +1,209 @@
-"""The `.bin` shards of the NanoGPT speedrun: 256 int32 of header, then uint16 token ids."""
+"""Files of token ids as a corpus: by two globs, or a folder with a meta.json."""
 
 import glob
 import hashlib
-import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from geon.data.codec import Codec
 from geon.data.corpus import Corpus, Split
+from geon.data.meta import META, SPLITS, Meta, read_meta
+from geon.data.shards import Shard, open_bin
+from geon.data.stamps import check_ids
 from geon.errors import UsageError
 
-MAGIC = 20240520
-VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
-
-_EDGE, _PLACE, _PLACES = 1 << 20, 1 << 16, 8
-"""Bytes of both ends, bytes of a place between them, and how many, that a fingerprint takes."""
+Found = Mapping[str, Sequence[Path]]
+"""Files of each split, in the order in which they are read."""
 
 
-def write_bin(path: str | Path, tokens: np.ndarray) -> None:
-    """Write one shard.
+def open_bins(train: str, val: str, vocab_size: int, folder: str = "", dtype: str = "") -> Corpus:
+    """Open all files that two globs match, in the order of their names; or those of a folder.
 
-    Raises:
-        UsageError: an id that uint16 cannot hold, or tokens that are no list of whole numbers.
-    """
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UsageError(
-            f"tokens for '{path}' are {tokens.dtype} of shape {tokens.shape}: give one row of "
-            "whole numbers"
-        )
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**16:
-        raise UsageError(
-            f"token ids {tokens.min()} to {tokens.max()} do not fit the uint16 of '{path}'"
-        )
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    with Path(path).open("wb") as file:
-        file.write(header.tobytes())
-        file.write(np.ascontiguousarray(tokens, dtype="<u2").tobytes())
-
-
-class Shard:
-    """Tokens of one open shard, read where they are asked for.
-
-    By `pread`, which is as fast as a map of the file, and where a shard has been cut while a run
-    reads it comes back short; a map would end the process with SIGBUS.
-    """
-
-    def __init__(self, path: Path, file: int, count: int, vocab_size: int) -> None:
-        self.path, self._file, self._count, self._vocab = path, file, count, vocab_size
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __del__(self) -> None:
-        os.close(self._file)
-
-    def __getitem__(self, where: slice) -> np.ndarray:
-        """Tokens of a slice without a step.
-
-        Raises:
-            UsageError: the file has become shorter, or holds an id outside of the vocabulary;
-                names the file and the place.
-            OSError: it cannot be read.
-        """
-        start, stop, _ = where.indices(self._count)
-        offset, size = HEADER_BYTES + 2 * start, 2 * max(0, stop - start)
-        data = self._read(offset, size)
-        tokens = np.frombuffer(data, dtype="<u2")
-        if self._vocab < 2**16 and size and (top := int(tokens.max())) >= self._vocab:
-            raise UsageError(
-                f"'{self.path}' holds token id {top} at position "
-                f"{start + int(np.argmax(tokens == top))}, at or above data.vocab_size "
-                f"{self._vocab}"
-            )
-        return tokens
-
-    def _read(self, offset: int, size: int) -> bytes:
-        """Bytes of the file; a system may give at most 2 GiB at a time."""
-        pieces = []
-        while size > 0:
-            try:
-                piece = os.pread(self._file, min(size, 1 << 30), offset)
-            except OSError as error:
-                where = f"{error.strerror}, at byte {offset}"
-                raise OSError(error.errno, where, str(self.path)) from None
-            if not piece:
-                raise UsageError(
-                    f"'{self.path}' ends at byte {os.fstat(self._file).st_size}, before byte "
-                    f"{offset + size} that was to be read: it was whole when the run began, and "
-                    "has been cut since; fetch it again, and start the run again to go on"
-                )
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def check(self, step: int = 1 << 24) -> None:
-        """Look at every id, in pieces, so that a shard never has to fit in memory.
-
-        Raises:
-            UsageError: as reading does.
-        """
-        if self._vocab < 2**16:
-            for start in range(0, self._count, step):
-                self[start : start + step]
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the size, of the first and the last MiB, and of places between them.
-
-        Cost: 2.5 MiB are read, of a shard of any size. A change between those places is missed;
-        another shard, or another part of one, is not.
-        """
-        size = HEADER_BYTES + 2 * self._count
-        edge = min(size, _EDGE)
-        between = [size * i // (_PLACES + 1) for i in range(1, _PLACES + 1)]
-        digest = hashlib.sha256(str(size).encode())
-        digest.update(self._read(0, edge))
-        for place in between:
-            digest.update(self._read(place, min(_PLACE, size - place)))
-        digest.update(self._read(size - edge, edge))
-        return digest.hexdigest()
-
-
-def open_bin(path: Path, vocab_size: int, key: str) -> Shard:
-    """Open one shard after checking its header against its size.
+    folder: has a meta.json, which names the files; then there are no globs.
+    vocab_size: 0 takes that of a meta.json.
+    dtype: of ids without a header where no meta.json says it.
 
     Raises:
-        UsageError: names the file, the field, what was found and what was expected.
+        UsageError: a glob that matches nothing, a file matched twice, a bad file, an id outside of
+            the vocabulary, or another tokenizer than the meta.json names.
     """
-    if not path.is_file():
-        raise UsageError(f"'{path}' is not a file ({key})")
-    try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise UsageError(f"'{path}' cannot be read: {error.strerror} ({key})") from None
-    try:
-        size, start = os.fstat(file).st_size, os.pread(file, HEADER_BYTES, 0)
-        count = _tokens_promised(path, size, start, key)
-    except OSError as error:
-        os.close(file)
-        raise UsageError(f"'{path}' cannot be read: {error.strerror} ({key})") from None
-    except UsageError:
-        os.close(file)
-        raise
-    return Shard(path, file, count, vocab_size)
-
-
-def _tokens_promised(path: Path, size: int, start: bytes, key: str) -> int:
-    """Number of tokens that a header promises, held against the size of the file."""
-    if len(start) < HEADER_BYTES:
+    if folder:
+        home = Path(folder).expanduser()
+        meta: Meta | None = _read_folder(home, folder)
+        found: Found = {name: _listed(home, meta, name) for name in SPLITS}
+        keys, why = dict.fromkeys(SPLITS, "data.dir"), ""
+    else:
+        keys = {"train": "data.train", "val": "data.val"}
+        found = {"train": _matched(train, keys["train"]), "val": _matched(val, keys["val"])}
+        home, meta, why = _beside(found)
+    _check_distinct(found, keys)
+    codec = None
+    if meta is not None:
+        vocab_size, said = meta.vocab_size, f"the vocab_size in '{home / META}'"
+        dtype = dtype or meta.dtype
+        codec, why = _codec(home, meta)
+    else:
+        said = "data.vocab_size"
+    if not vocab_size:
         raise UsageError(
-            f"'{path}' has {size} bytes, less than its {HEADER_BYTES} of header ({key})"
+            "data.vocab_size=0 takes the vocabulary of a meta.json beside the shards, and there is "
+            "none: set it, e.g. data.vocab_size=50304 for ids of GPT-2"
         )
-    magic, version, count = (int(x) for x in np.frombuffer(start, dtype="<i4", count=3))
-    if magic != MAGIC:
-        raise UsageError(
-            f"'{path}' starts with {magic}, not the magic {MAGIC} of a shard ({key}): ids "
-            "without a header, as nanoGPT's, become a shard by geon.data.write_bin"
-        )
-    if version != VERSION:
-        raise UsageError(f"'{path}' is of version {version}, expected {VERSION} ({key})")
-    expected = HEADER_BYTES + 2 * count
-    if count < 0 or size != expected:
-        raise UsageError(
-            f"'{path}' promises {count} tokens, so {expected} bytes, but has {size}: truncated or "
-            f"corrupt, fetch it again ({key})"
-        )
-    return count
+    shards = {
+        name: [open_bin(path, vocab_size, keys[name], dtype, said) for path in paths]
+        for name, paths in found.items()
+    }
+    if folder:
+        _check_counts(home, meta, shards)
+    check_ids([shard for name in SPLITS for shard in shards[name]], vocab_size)
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        digest.update(f"data.{name}".encode())
+        for shard in shards[name]:
+            digest.update(shard.fingerprint().encode())
+    named = {"train": folder or train, "val": folder or val}
+    splits = {n: Split(f"{keys[n]} '{named[n]}'", shards[n]) for n in SPLITS}
+    facts: dict[str, Any] = {
+        "name": folder or train,
+        "train_tokens": len(splits["train"]),
+        "val_tokens": len(splits["val"]),
+        "sha256": digest.hexdigest(),
+    }
+    if meta is not None and meta.tokenizer is not None:
+        facts["tokenizer"] = meta.tokenizer.name
+    if why:
+        facts["text"] = f"not known: {why}"
+    return Corpus(splits["train"], splits["val"], vocab_size, codec, b"", facts)
 
 
 def _matched(pattern: str, key: str) -> list[Path]:
     """Files that a glob matches, in the order of their names."""
     paths = [Path(p) for p in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207
     if not pattern or not paths:
-        raise UsageError(f"{key} '{pattern}' matches no file (looked in {Path.cwd()})")
+        other = "" if pattern else "; or data.dir=FOLDER, of a folder with a meta.json"
+        raise UsageError(f"{key} '{pattern}' matches no file (looked in {Path.cwd()}){other}")
     return paths
 
 
-def _check_distinct(found: Mapping[str, Sequence[Path]]) -> None:
+def _check_distinct(found: Found, keys: Mapping[str, str]) -> None:
     """Refuse a file that is read twice under any name.
 
     Raises:
         UsageError: names both paths and their keys.
     """
     seen: dict[Path, tuple[Path, str]] = {}
-    for key, paths in found.items():
+    for name, paths in found.items():
         for path in paths:
             real = path.resolve()
             if real in seen:
                 first, where = seen[real]
                 raise UsageError(
-                    f"'{path}' ({key}) is the same file as '{first}' ({where}): validation must "
-                    "not read what is trained on, nor a split one file twice; narrow the globs"
+                    f"'{path}' ({keys[name]}) is the same file as '{first}' ({where}): validation "
+                    "must not read what is trained on, nor a split one file twice; narrow the globs"
                 )
-            seen[real] = path, key
+            seen[real] = path, keys[name]
 
 
-def open_bins(train: str, val: str, vocab_size: int) -> Corpus:
-    """Open all shards that two globs match, in the order of their names.
+def _read_folder(home: Path, told: str) -> Meta:
+    """The meta.json of a folder; where there is none, what else may be done with what is there."""
+    if not home.is_dir():
+        what = "is a file, a folder is needed" if home.exists() else "does not exist"
+        raise UsageError(f"data.dir '{told}' {what} (looked in {Path.cwd()})")
+    if (home / META).is_file():
+        return read_meta(home)
+    place = shlex.quote(str(home))
+    ids = sorted(p.name for p in home.iterdir() if p.suffix in (".bin", ".npy"))
+    val = [name for name in ids if "val" in name]
+    if val and len(ids) > len(val):
+        train = next(name for name in ids if name not in val)
+        globs = "data.train={}/{} data.val={}/{}".format(
+            place, train.replace("000001", "*"), place, val[0].replace("000000", "*")
+        )
+        raise UsageError(
+            f"data.dir '{told}' has no {META}: name its files by {globs}, and add "
+            "data.dtype=uint16 if they are bare ids, as nanoGPT's"
+        )
+    raise UsageError(
+        f"data.dir '{told}' has no {META}, so it holds no shards of geon: make them from text by "
+        f"`python -m geon.scripts.prepare_data tokenize {place} --out FOLDER`"
+    )
+
+
+def _listed(home: Path, meta: Meta, name: str) -> list[Path]:
+    """Files of a split that a meta.json names."""
+    split = meta.splits.get(name)
+    if split is None or not split.shards:
+        words = "training" if name == "train" else "validation"
+        raise UsageError(
+            f"'{home / META}' has no {words} split (data.dir): make or fetch one, or name files "
+            "by data.train and data.val"
+        )
+    for shard in split.shards:
+        if not (home / shard.file).is_file():
+            raise UsageError(
+                f"'{home / shard.file}' is missing, and '{home / META}' names it (data.dir): run "
+                "the command that made or fetched the shards again"
+            )
+    return [home / shard.file for shard in split.shards]
+
+
+def _beside(found: Found) -> tuple[Path, Meta | None, str]:
+    """The meta.json beside files of globs, if it names them all.
+
+    Returns: their folder, what it says, and why it is not used if it is there.
+    """
+    homes = {path.parent for paths in found.values() for path in paths}
+    home = next(iter(homes))
+    if len(homes) > 1 or not (home / META).is_file():
+        return home, None, ""
+    try:
+        meta = read_meta(home)
+    except UsageError as error:
+        return home, None, str(error)
+    named = {shard.file for split in meta.splits.values() for shard in split.shards}
+    if other := [p.name for paths in found.values() for p in paths if p.name not in named]:
+        return home, None, f"'{home / META}' does not name '{other[0]}'"
+    return home, meta, ""
+
+
+def _check_counts(home: Path, meta: Meta | None, shards: Mapping[str, Sequence[Shard]]) -> None:
+    """Hold the lengths of files against those that a meta.json says."""
+    assert meta is not None
+    for name, opened in shards.items():
+        for said, shard in zip(meta.splits[name].shards, opened, strict=True):
+            if len(shard) != said.tokens:
+                raise UsageError(
+                    f"'{shard.path}' holds {len(shard)} tokens, and '{home / META}' says "
+                    f"{said.tokens}: make or fetch it again (data.dir)"
+                )
+
+
+def _codec(home: Path, meta: Meta) -> tuple[Codec | None, str]:
+    """The tokenizer that a meta.json names; or why there is none.
 
     Raises:
-        UsageError: a glob that matches nothing, a file matched twice, or a bad shard.
+        UsageError: it is not the one that made the shards.
     """
-    found = {key: _matched(p, key) for key, p in (("data.train", train), ("data.val", val))}
-    _check_distinct(found)
-    shards = {key: [open_bin(p, vocab_size, key) for p in paths] for key, paths in found.items()}
-    digest = hashlib.sha256()
-    for key, opened in shards.items():
-        digest.update(key.encode())
-        for shard in opened:
-            shard.check()
-            digest.update(shard.fingerprint().encode())
-    splits = [
-        Split(f"{key} '{pattern}'", shards[key])
-        for key, pattern in (("data.train", train), ("data.val", val))
-    ]
-    return Corpus(
-        train=splits[0],
-        val=splits[1],
-        vocab_size=vocab_size,
-        codec=None,
-        val_text=b"",
-        facts={
-            "name": train,
-            "train_tokens": len(splits[0]),
-            "val_tokens": len(splits[1]),
-            "sha256": digest.hexdigest(),
-        },
-    )
+    known = meta.tokenizer
+    if known is None:
+        return None, f"'{home / META}' names no tokenizer"
+    from geon.data.tokenizers import open_codec
+
+    try:
+        codec = open_codec(str(home / known.file) if known.file else known.name)
+    except UsageError as error:
+        return None, str(error)
+    if known.fingerprint and codec.fingerprint != known.fingerprint:
+        raise UsageError(
+            f"the tokenizer {known.file or known.name} is not the one that made the shards: "
+            f"'{home / META}' says fingerprint {known.fingerprint[:12]}, it has "
+            f"{codec.fingerprint[:12]}: bring the right one, or make the shards again (data.dir)"
+        )
+    if codec.vocab_size < meta.vocab_size:
+        raise UsageError(
+            f"the tokenizer {known.file or known.name} has {codec.vocab_size} ids, and "
+            f"'{home / META}' says vocab_size {meta.vocab_size} (data.dir)"
+        )
+    return codec, ""

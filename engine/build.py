@@ -72,7 +72,7 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
         known = load_codec(codec) if codec else None
         corpus = text_corpus(config.path, config.val_percent, config.bpe_vocab, known)
     elif config.source is Source.bins:
-        corpus = open_bins(config.train, config.val, config.vocab_size)
+        corpus = open_bins(config.train, config.val, config.vocab_size, config.dir, config.dtype)
     else:
         corpus = synthetic_corpus(config.vocab_size, config.tokens, config.val_percent, seed)
     if corpus.vocab_size > config.vocab_size:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from geon.configs.changes import check_allowed, flat, plain
-from geon.configs.choices import Layouts, Mode
+from geon.configs.choices import Layouts, Mode, Source
 from geon.configs.schema import Config
 from geon.data import Batches, Corpus
 from geon.engine import build
@@ -66,6 +66,7 @@ def check(
     check_deepspeed(config, routing)
     check_health(config, routing)
     corpus = corpus or _read_data(config, tokenizer())
+    check_samples(config, corpus)
     batches = build.make_batches(config, corpus, rank, world)
     val_windows(corpus, config.model.context, config.data.val_tokens)
     return Checked(corpus, batches, model, routing)
@@ -102,6 +103,20 @@ def check_ids(config: Config) -> None:
         raise UsageError(
             f"model.vocab_size {config.model.vocab_size} is below data.vocab_size "
             f"{config.data.vocab_size}: leave it out, and it follows the data, or make it larger"
+        )
+
+
+def check_samples(config: Config, corpus: Corpus) -> None:
+    """Refuse a sample of shards whose tokenizer is not there.
+
+    Raises:
+        UsageError: names the key.
+    """
+    if config.eval.sample_tokens and config.data.source is Source.bins and corpus.codec is None:
+        why = corpus.facts.get("text", "no tokenizer lies beside the shards")
+        raise UsageError(
+            f"eval.sample_tokens {config.eval.sample_tokens}: the text of these ids is {why}; set "
+            "eval.sample_tokens=0, or give data.dir a folder with a meta.json and its tokenizer"
         )
 
 

@@ -14,6 +14,9 @@ from geon.models import IGNORED
 ASK_EVERY = 4
 """Batches of a rank between two questions whether to stop."""
 
+_PIECE = 1 << 22
+"""Tokens whose bytes are counted at a time."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -47,14 +50,22 @@ def val_windows(corpus: Corpus, context: int, val_tokens: int) -> int:
     return windows
 
 
-def val_text(corpus: Corpus, context: int, windows: int) -> bytes:
-    """The bytes that those windows predict: all but the first token's."""
-    if corpus.codec is None:
+def val_bytes(corpus: Corpus, context: int, windows: int) -> int:
+    """How many bytes those windows predict, all but the first token's; 0 where not known."""
+    lengths = corpus.codec.token_bytes() if corpus.codec else None
+    if lengths is None:
+        return 0
+    count = windows * context + 1
+    pieces = (corpus.val.window(i, min(_PIECE, count - i)) for i in range(1, count, _PIECE))
+    return sum(int(lengths[ids].sum()) for ids in pieces)
+
+
+def val_text(corpus: Corpus, context: int, windows: int, most: int = 1 << 24) -> bytes:
+    """The bytes that those windows predict, decoded from their first `most` tokens."""
+    if corpus.codec is None or not val_bytes(corpus, context, windows):
         return b""
-    lengths = corpus.codec.token_bytes()
-    ids = corpus.val.window(0, windows * context + 1)
-    first = int(lengths[ids[0]])
-    return corpus.val_text[first : first + int(lengths[ids[1:]].sum())]
+    count = min(windows * context, most)
+    return corpus.codec.decode(corpus.val.window(1, count))
 
 
 @torch.no_grad()
@@ -97,5 +108,5 @@ def evaluate(
     parallel.reshard()
     count = windows * context
     nats = parallel.sum(total).item() / tensor
-    size = len(val_text(corpus, context, windows))
+    size = val_bytes(corpus, context, windows)
     return Evaluation(count, nats / count, nats / size if size else None)

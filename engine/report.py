@@ -11,7 +11,7 @@ from geon.engine import history
 from geon.engine.callbacks import Evaluator, write_json
 from geon.engine.card import write_card
 from geon.engine.differences import changed_settings
-from geon.engine.evaluate import val_text, val_windows
+from geon.engine.evaluate import val_bytes, val_text, val_windows
 from geon.engine.loggers import reason, say, warn
 from geon.engine.metrics import hardware, yardsticks
 from geon.engine.runfolder import REPORT, read_metrics
@@ -70,6 +70,7 @@ class Report(Callback):
         train = read_metrics(trainer.folder, "train")
         context = run.config.model.context
         windows = val_windows(run.corpus, context, run.config.data.val_tokens)
+        size = val_bytes(run.corpus, context, windows)
         text = val_text(run.corpus, context, windows)
         return {
             "name": run.config.name,
@@ -80,10 +81,10 @@ class Report(Callback):
             "layout": run.config.parallel.layout.value,
             "steps": trainer.step,
             "tokens": trainer.tokens,
-            "train_bytes_seen": _bytes_seen(trainer),
+            "train_bytes_seen": _bytes_seen(trainer, size / (windows * context)),
             "train_seconds": trainer.elapsed,
             **evaluation.to_dict(),
-            "val_bytes": len(text),
+            "val_bytes": size,
             **yardsticks(text),
             "tokens_per_second": float(np.median([r["tokens_per_second"] for r in train]))
             if train
@@ -116,13 +117,9 @@ def _lineage(trainer: Trainer) -> dict[str, Any]:
     return {"run": past.run, "segments": segments, "settings_changed": changed}
 
 
-def _bytes_seen(trainer: Trainer) -> int | None:
-    """Bytes of text trained on: exact for bytes, by the mean token length for BPE."""
-    corpus = trainer.run.corpus
-    if corpus.codec is None:
-        return None
-    mean = len(corpus.val_text) / len(corpus.val)
-    return round(trainer.tokens * mean)
+def _bytes_seen(trainer: Trainer, mean: float) -> int | None:
+    """Bytes of text trained on: exact for bytes; else by the mean length of validation's tokens."""
+    return round(trainer.tokens * mean) if mean else None
 
 
 def draw(folder: Path, facts: dict[str, Any]) -> list[Path]:

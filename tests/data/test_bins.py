@@ -95,13 +95,14 @@ GOOD = shard_bytes([1, 2, 3])
     [
         (shard_bytes([1], magic=7), ["starts with 7", "20240520"]),
         (struct.pack(">256i", 20240520, 1, *[0] * 254), ["magic 20240520"]),
-        (shard_bytes([1], version=2), ["version 2", "expected 1"]),
+        (shard_bytes([1], version=3), ["version 3", "expected 1"]),
+        (shard_bytes([1], version=2), ["1 tokens", "1028 bytes", "has 1026"]),
         (GOOD[:-1], ["3 tokens", "1030 bytes", "has 1029"]),
         (GOOD[:1024], ["3 tokens", "1030 bytes", "has 1024"]),
         (GOOD + b"\0", ["3 tokens", "1030 bytes", "has 1031"]),
         (shard_bytes([1, 2], count=-1), ["-1 tokens"]),
         (GOOD[:1023], ["1023 bytes", "1024 of header"]),
-        (b"", ["0 bytes", "1024 of header"]),
+        (b"", ["empty", "0 bytes"]),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
