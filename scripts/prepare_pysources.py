@@ -41,9 +41,9 @@ def prepare(out: Path, vocab: int = VOCAB, most_mb: int = 0) -> None:
     Raises:
         UsageError: as tokenizing does.
     """
-    from geon.scripts import prepare_data
-
     if not (out / META).exists():
+        from geon.scripts import prepare_data  # which imports this file
+
         sources = find_sources(roots())
         print(f"{sources}", flush=True)
         out.mkdir(parents=True, exist_ok=True)

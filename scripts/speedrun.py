@@ -3,10 +3,10 @@
 python -m geon.scripts.speedrun                      # tiny on a CPU, 124m on a GPU
 python -m geon.scripts.speedrun --size tiny seed=1
 
-Makes the shards unless they are there, trains the arms of sweep=speedrun (or speedrun_124m) one after
-the other, and prints for each the step, tokens and seconds at which it got to the final loss of AdamW.
-Arms that have finished are skipped. Every run folder holds a card.md; results/speedrun_<size>.json
-and speedrun_<size>.png hold the race.
+Makes the shards unless they are there, trains the arms of sweep=speedrun (or speedrun_124m) one
+after the other, and prints for each the step, tokens and seconds at which it got to the final loss
+of AdamW. Arms that have finished are skipped. Every run folder holds a card.md;
+results/speedrun_offline.json (on a GPU speedrun_offline_124m.json) and a picture hold the race.
 """
 
 import sys
@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 from geon.errors import UsageError
+from geon.launch.compose import compose
 from geon.launch.leave import guard
 from geon.scripts import race, studies
 from geon.scripts.prepare_pysources import prepare
 
 SWEEPS = {"tiny": "speedrun", "124m": "speedrun_124m"}
+NAMES = {"tiny": "speedrun_offline", "124m": "speedrun_offline_124m"}
 MOST_MB = {"tiny": 130, "124m": 0}
 """Text that is tokenized: 30 million tokens are plenty for the tiny size; 0 takes all there is."""
 YARDSTICK = "adamw"
@@ -33,9 +35,9 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--size", choices=SWEEPS, help="tiny without a GPU, 124m with one")
     told = parser.parse_intermixed_args(arguments)
     size = told.size or ("124m" if torch.cuda.is_available() else "tiny")
-    name = f"speedrun_{size}"
+    name = NAMES[size]
     config, _, jobs = studies.jobs_of(SWEEPS[size], told.overrides)
-    folder = Path(studies.compose(jobs[0].arguments).data.dir)
+    folder = Path(compose(jobs[0].arguments).data.dir)
     if not (told.read or told.draw or told.dry_run):
         prepare(folder, most_mb=MOST_MB[size])
     if not told.draw:

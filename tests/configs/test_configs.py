@@ -27,7 +27,10 @@ FOLDER = ROOT / "configs"
 OPTIONS = [
     (file.parent.relative_to(FOLDER).as_posix(), file.stem)
     for file in sorted(FOLDER.rglob("*.yaml"))
-    if file.parent != FOLDER
+    if file.parent != FOLDER and file.parent.parent.name != "experiment"
+]
+OPTIONS += [
+    ("experiment", f"{file.parent.name}/{file.stem}") for file in FOLDER.glob("experiment/*/*.yaml")
 ]
 
 
