@@ -2,11 +2,11 @@
 
 import glob
 import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from geon.data import foreign
 from geon.data.codec import Codec
 from geon.data.corpus import Corpus, Split
 from geon.data.meta import META, SPLITS, Meta, read_meta
@@ -71,10 +71,10 @@ def open_bins(train: str, val: str, vocab_size: int, folder: str = "", dtype: st
         "val_tokens": len(splits["val"]),
         "sha256": digest.hexdigest(),
     }
-    if meta is not None and meta.tokenizer is not None:
-        facts["tokenizer"] = meta.tokenizer.name
-    if why:
-        facts["text"] = f"not known: {why}"
+    if codec is not None:
+        facts["tokenizer"] = codec.fingerprint
+    elif why:
+        facts["no text"] = why
     return Corpus(splits["train"], splits["val"], vocab_size, codec, b"", facts)
 
 
@@ -113,22 +113,7 @@ def _read_folder(home: Path, told: str) -> Meta:
         raise UsageError(f"data.dir '{told}' {what} (looked in {Path.cwd()})")
     if (home / META).is_file():
         return read_meta(home)
-    place = shlex.quote(str(home))
-    ids = sorted(p.name for p in home.iterdir() if p.suffix in (".bin", ".npy"))
-    val = [name for name in ids if "val" in name]
-    if val and len(ids) > len(val):
-        train = next(name for name in ids if name not in val)
-        globs = "data.train={}/{} data.val={}/{}".format(
-            place, train.replace("000001", "*"), place, val[0].replace("000000", "*")
-        )
-        raise UsageError(
-            f"data.dir '{told}' has no {META}: name its files by {globs}, and add "
-            "data.dtype=uint16 if they are bare ids, as nanoGPT's"
-        )
-    raise UsageError(
-        f"data.dir '{told}' has no {META}, so it holds no shards of geon: make them from text by "
-        f"`python -m geon.scripts.prepare_data tokenize {place} --out FOLDER`"
-    )
+    raise UsageError(f"data.dir '{told}' has no {META}: {foreign.in_folder(home)}")
 
 
 def _listed(home: Path, meta: Meta, name: str) -> list[Path]:

@@ -12,6 +12,7 @@ _MAGIC = (
     (b"\x1f\x8b\x08", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"ARROW1", "an Arrow file"),
+    (b"\xff\xff\xff\xff", "an Arrow file"),  # a stream; no id is as large
     (b"PK\x03\x04", "zip"),
     (b"BZh", "bzip2"),
     (b"\xfd7zXZ\x00", "xz"),
@@ -95,6 +96,21 @@ def advice(path: Path, found: str) -> str:
         f"write its text to a .txt or .jsonl file, and make shards by `{_PREPARE} tokenize "
         "FILE --out FOLDER`"
     )
+
+
+def in_folder(folder: Path) -> str:
+    """What to do with a folder that has no meta.json."""
+    place = shlex.quote(str(folder))
+    ids = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".npy"))
+    val = [name for name in ids if "val" in name]
+    if train := [name for name in ids if name not in val]:
+        first = shlex.quote(str(folder / train[0].replace("000001", "*")))
+        other = shlex.quote(str(folder / val[0])) if val else "FILE"
+        return (
+            f"name its files by data.train={first} data.val={other}, and add data.dtype=uint16 if "
+            "they are bare ids, as nanoGPT's"
+        )
+    return f"make shards of it by `{_PREPARE} tokenize {place} --out FOLDER`, then data.dir=FOLDER"
 
 
 def headerless(path: Path, key: str) -> str:

@@ -194,6 +194,15 @@ def open_bin(
         UsageError: names the file, the field, what was found and what was expected, and for a file
             that holds no ids the command that makes some of it.
     """
+    if path.is_dir():
+        raise UsageError(
+            f"'{path}' is a folder, not a file ({key}): "
+            + (
+                f"it has a meta.json, so give data.dir={path} instead"
+                if (path / "meta.json").is_file()
+                else foreign.in_folder(path)
+            )
+        )
     if not path.is_file():
         raise UsageError(f"'{path}' is not a file ({key})")
     try:

@@ -33,14 +33,23 @@ def check_ids(shards: Sequence[Shard], vocab_size: int) -> None:
     Raises:
         UsageError: names the file and the place.
     """
+    for shard, top in zip(shards, top_ids(shards), strict=True):
+        if top >= vocab_size:
+            shard.check()
+
+
+def top_ids(shards: Sequence[Shard]) -> list[int]:
+    """Largest id of every file, -1 where it is empty; reads only files without a stamp.
+
+    Raises:
+        UsageError: an id below 0.
+    """
     tops: dict[int, int] = {}
     for wait in (False, True):
         for i, shard in enumerate(shards):
             if i not in tops and (top := _top(shard, wait)) is not None:
                 tops[i] = top
-    for i, shard in enumerate(shards):
-        if tops[i] >= vocab_size:
-            shard.check()
+    return [tops[i] for i in range(len(shards))]
 
 
 def _top(shard: Shard, wait: bool) -> int | None:

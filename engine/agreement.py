@@ -49,7 +49,8 @@ def check_alike(parallel: Parallel, settings: Mapping[str, Any], data: Mapping[s
     """
     known = "sha256" in data  # the same data may lie elsewhere on another host
     found = {k: v for k, v in settings.items() if not (known and k in PLACES)}
-    found |= {f"data: {key}": value for key, value in data.items() if key != "name"}
+    told = ("name", "no text")  # may hold paths of a host
+    found |= {f"data: {key}": value for key, value in data.items() if key not in told}
     found |= {"version of torch": torch.__version__, "version of geon": geon.__version__}
     content = json.dumps(found, sort_keys=True, default=str)
     digests = parallel.gather(hashlib.sha256(content.encode()).hexdigest())

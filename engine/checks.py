@@ -113,10 +113,10 @@ def check_samples(config: Config, corpus: Corpus) -> None:
         UsageError: names the key.
     """
     if config.eval.sample_tokens and config.data.source is Source.bins and corpus.codec is None:
-        why = corpus.facts.get("text", "no tokenizer lies beside the shards")
+        why = corpus.facts.get("no text", "no meta.json with a tokenizer lies beside the shards")
         raise UsageError(
-            f"eval.sample_tokens {config.eval.sample_tokens}: the text of these ids is {why}; set "
-            "eval.sample_tokens=0, or give data.dir a folder with a meta.json and its tokenizer"
+            f"eval.sample_tokens {config.eval.sample_tokens}: the text of these ids is not known, "
+            f"because {why}; set eval.sample_tokens=0, or bring the tokenizer"
         )
 
 

@@ -10,7 +10,7 @@ from geon.configs.schema import Config
 from geon.engine import checkpoint, history, integrity, runfolder, writing
 from geon.engine.agreement import on_main
 from geon.engine.differences import compare
-from geon.engine.history import History
+from geon.engine.history import History, Segment
 from geon.engine.lock import Lock
 from geon.engine.parallel import Parallel
 from geon.engine.schedule import progress
@@ -112,7 +112,8 @@ def _offers(config: Config, folder: Path, env: Env) -> tuple[list[Path], bool, b
     """Checkpoints to start from, newest first.
 
     What an earlier attempt of this job opened goes on whatever the job was told: it was told so at
-    its first attempt.
+    its first attempt. So does a run that began at the checkpoint which is named, elsewhere: the
+    same command once more would otherwise lose what it has trained.
 
     Returns: them, whether the folder goes on as the same run, and whether an older one may stand
         in for one that is damaged.
@@ -121,7 +122,7 @@ def _offers(config: Config, folder: Path, env: Env) -> tuple[list[Path], bool, b
         UsageError: no checkpoint where one was named, or one that was gone back behind.
     """
     past, wish = history.read(folder), config.checkpoint.resume
-    again = past.opened_by(env)
+    again = past.opened_by(env) or _began_at(past, wish)
     if not again and wish == "never":
         return [], False, False
     if again or wish == "auto":
@@ -145,6 +146,17 @@ def _offers(config: Config, folder: Path, env: Env) -> tuple[list[Path], bool, b
             "(expected a run folder, or auto, or never)"
         )
     return found, inside, False
+
+
+def _began_at(past: History, wish: str) -> list[Segment]:
+    """The first segment of a run, if it began at a place that is not its own folder."""
+    first = min(past.segments, key=lambda one: one.number, default=None)
+    if first is None or first.origin is None or wish in ("auto", "never"):
+        return []
+    path, place = Path(first.origin["path"]).resolve(), Path(wish).expanduser().resolve()
+    home = _folder_of(path)
+    elsewhere = home != past.folder.resolve()
+    return [first] if elsewhere and place in (path, path.parent, home) else []
 
 
 def _folder_of(place: Path) -> Path:

@@ -62,6 +62,11 @@ def read_env() -> Env:
     )
 
 
+def hub_endpoint() -> str:
+    """Base address of the Hugging Face hub, or of a mirror, where the user has set one."""
+    return os.environ.get("HF_ENDPOINT", "")
+
+
 def _refuse_lone_tasks() -> None:
     """Refuse to be one of srun's tasks: each would train alone, in one run folder."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")

@@ -183,6 +183,30 @@ def test_restarts_go_on_from_what_the_job_did_or_was_told(tmp_path, monkeypatch,
     assert [s["first"] for s in report(folder)["segments"]] == [0, 2]
 
 
+@pytest.mark.row("R05")
+def test_the_same_command_once_more_goes_on_with_a_run_that_began_elsewhere(
+    tmp_path, monkeypatch, capsys
+):
+    base = train(tmp_path / "base", "schedule.steps=4")
+    told = [f"checkpoint.resume={base}", "schedule.steps=10"]
+    train_until(monkeypatch, 5, tmp_path, *told)  # dies before it has saved
+    train_until(monkeypatch, 7, tmp_path, *told)
+    capsys.readouterr()
+    folder = train(tmp_path, *told)
+    assert "run/checkpoints/step-0000006 at step 6" in capsys.readouterr().out
+    assert not (tmp_path / "run~1").exists()
+    assert [s["first"] for s in report(folder)["segments"]] == [4, 6]
+    before = content(folder)
+    train(tmp_path, *told)
+    assert "is finished at step 10" in capsys.readouterr().out and content(folder) == before
+    with pytest.raises(UsageError, match=r"optim.lr is 0.02 in .* and 0.5 here"):
+        train(tmp_path, *told, "optim.lr=0.5")
+    other = train(tmp_path / "base", "schedule.steps=3", "name=other")
+    train(tmp_path, f"checkpoint.resume={other}", "schedule.steps=6")  # another origin: anew
+    assert (tmp_path / "run~1").is_dir()
+    assert [s["first"] for s in report(folder)["segments"]] == [3]
+
+
 def test_a_job_that_fails_to_evaluate_has_saved_and_only_evaluates_when_it_is_run_again(
     whole, tmp_path, monkeypatch, capsys
 ):

@@ -1,0 +1,24 @@
+"""Make or fetch shards of tokens: python -m geon.scripts.prepare_data COMMAND --help."""
+
+import argparse
+import sys
+
+from geon.errors import UsageError
+from geon.scripts.prepare_fineweb import add_fineweb
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_fineweb(subparsers)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except UsageError as error:
+        print(f"geon: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
