@@ -3,8 +3,12 @@
 import hashlib
 import json
 
+import numpy as np
+
 from geon.data import pysources
-from geon.scripts.prepare_pysources import write_jsonl
+from geon.data.bpe import BPECodec
+from geon.data.meta import read_meta
+from geon.scripts import prepare_pysources
 
 
 def tree(root, files):
@@ -49,13 +53,33 @@ def test_the_roots_hold_the_standard_library_and_packages():
     assert any(Path(torch.__file__).resolve().is_relative_to(root) for root in roots)
 
 
-def test_files_are_lines_until_there_is_enough(tmp_path):
-    tree(tmp_path / "lib", {f"{i}.py": f"x = 'é{i}'\n" * 10 for i in range(5)})
+def test_shards_hold_every_file_once_behind_a_separator(tmp_path, monkeypatch):
+    texts = {f"{i}.py": f"x_{i} = 'é{i}'\n" * 20 for i in range(300)}
+    tree(tmp_path / "lib", texts)
+    monkeypatch.setattr(prepare_pysources, "roots", lambda: [tmp_path / "lib"])
+    monkeypatch.setattr(prepare_pysources, "SHARD", 3000)
+    monkeypatch.setattr(prepare_pysources, "AT_A_TIME", 40)
+    out = tmp_path / "out"
+    prepare_pysources.prepare(out, vocab=512)
+    meta = read_meta(out)
+    codec = BPECodec((out / "tokenizer.json").read_text("utf-8"))
+    assert (meta.vocab_size, codec.decode([meta.eot])) == (512, b"\0")
+    told = {}
+    for name, part in meta.splits.items():
+        ids = [np.fromfile(out / s.file, "<u2")[512:] for s in part.shards]
+        assert [len(one) for one in ids] == [s.tokens for s in part.shards]
+        text = codec.decode(np.concatenate(ids).tolist())
+        assert part.bytes == len(text)
+        told[name] = text.decode("utf-8").split("\0")[1:]
+        assert part.documents == len(told[name])
+    assert len(meta.splits["train"].shards) > 1
+    assert 1 <= len(told["val"]) <= 15  # 2% of 300
+    assert sorted(told["train"] + told["val"]) == sorted(texts.values())
+    before = (out / "meta.json").read_bytes()
+    (tmp_path / "lib" / "0.py").write_text("other")
+    prepare_pysources.prepare(out, vocab=512)  # what is there is kept
+    assert (out / "meta.json").read_bytes() == before
     sources = pysources.find_sources([tmp_path / "lib"])
-    size = len((tmp_path / "lib" / "0.py").read_bytes())
-    assert write_jsonl(tmp_path / "some.jsonl", sources, most=size + 1) == 2
-    lines = (tmp_path / "some.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["text"] for line in lines] == [
-        path.read_text("utf-8") for path in sources.files[:2]
-    ]
-    assert write_jsonl(tmp_path / "all.jsonl", sources) == 5
+    sizes = np.cumsum([path.stat().st_size for path in sources.files])
+    some = prepare_pysources.split(sources, most=1000)
+    assert sum(map(len, some.values())) == 1 + int((sizes < 1000).sum())
