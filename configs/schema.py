@@ -127,8 +127,8 @@ class ScheduleConfig:
     floor: float = 0.0
     """Fraction of the peak at the end."""
     budget_seconds: float = 0.0
-    """When set, a run too slow for its steps anneals by the clock and ends at this time; evaluations
-    are not counted."""
+    """When set, a run too slow for its steps anneals by the clock and ends at this time, to which
+    evaluations do not count."""
 
 
 @dataclass

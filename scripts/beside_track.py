@@ -115,7 +115,7 @@ def theirs(
         ).returncode
     sums = json.loads(text.read_text()) if (text := work / "losses.json").is_file() else []
     if status or len(sums) < steps:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
         raise UsageError(
             f"'{script}' took {len(sums)} of {steps} steps (exit status {status}); its last lines:"
             f"\n{tail}"
@@ -135,6 +135,7 @@ def ours(
     told = [
         f"experiment={EXPERIMENT}",
         "parallel=single",
+        "data.dir=''",
         f'data.train="{folder}/fineweb_train_*.bin"',
         f'data.val="{folder}/fineweb_val_*.bin"',
         f'output="{folder.parent}"',
