@@ -33,7 +33,6 @@ from geon.launch.compose import compose
 from geon.launch.env import Env
 from geon.launch.leave import guard
 from geon.launch.local import ROOT, torchrun_command
-from geon.models import GPT as load_track_weights  # TODO
 from geon.scripts.flags import number, whole
 
 SCRIPT = "records/track_3_optimization/train_gpt_simple.py"
@@ -132,6 +131,8 @@ def ours(
     Raises:
         UsageError: as training does.
     """
+    from geon.models.gpt_track3 import load_track_weights
+
     told = [
         f"experiment={EXPERIMENT}",
         "parallel=single",
