@@ -105,7 +105,7 @@ def page(found: Mapping[str, Any]) -> str:
         "validation loss": f"{found['val_loss']:.5f} nats/token on {found['val_tokens']:,} tokens",
         "model": f"{model['arch']}, {model['parameters']:,} parameters, {flops}",
         "optimizer": found["optim"],
-        "data": f"{data['name']}, sha256 {data.get('sha256', 'not known')}",
+        "data": f"{data.get('name')}, sha256 {data.get('sha256', 'not known')}",
         "trained": f"{found['steps']:,} steps, {found['tokens']:,} tokens, "
         f"{found['seconds']:.1f} s without evaluations",
         "time per step": "not logged"

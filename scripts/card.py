@@ -79,7 +79,7 @@ def check_alike(cards: Sequence[Mapping[str, Any]]) -> None:
         if first["data"].get("sha256") != other["data"].get("sha256"):
             raise UsageError(
                 f"'{first['folder']}' and '{other['folder']}' read other data "
-                f"({first['data']['name']}, {other['data']['name']}: their sha256 differ)"
+                f"({first['data'].get('name')}, {other['data'].get('name')}: their sha256 differ)"
             )
     for i, one in enumerate(cards):
         for other in cards[:i]:
@@ -136,7 +136,7 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{found['optim']}, {found['model']['parameters']:,} parameters, "
-            f"{found['data']['name']}: after {found['step']:,} steps, {found['tokens']:,} tokens",
+            f"{found['data'].get('name')}: {found['step']:,} steps, {found['tokens']:,} tokens",
             "",
             *("| run | seed | validation loss | seconds | ms per step | commit |",),
             "|---|---:|---:|---:|---:|---|",
