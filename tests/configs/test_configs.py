@@ -304,7 +304,7 @@ name=../x | name=.hidden | name=
 schedule.steps=0 | schedule.warmup=1.5 | schedule.warmup=nan | schedule.decay=-0.1
 schedule.floor=2 | schedule.budget_seconds=-1
 data.batch_tokens=0 | data.micro_batch=-1 | data.val_tokens=-1 | data.bpe_vocab=-1
-data.val_percent=0 | data.val_percent=100 | data.val_percent=nan
+data.val_percent=0 | data.val_percent=100 | data.val_percent=nan | data.dtype=float32
 logger.every=0 | logger.spectrum_every=-1
 eval.every=-1 | eval.batch=0 | eval.sample_tokens=-1
 checkpoint.every=-1 | checkpoint.keep=0

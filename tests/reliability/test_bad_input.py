@@ -88,6 +88,7 @@ def test_roles_that_are_said_to_be_empty_are(model, gains):
 WITHOUT_EFFECT = """
 optim.tied.norm=../x | optim=adamw optim.hidden.norm=sign | optim.hidden.eps=1e-5
 optim=adamw optim.hidden={momentum: 0.5} | data.path=x | data.train=x | parallel.replicas=3
+data.dir=x | data.dtype=uint16
 parallel.zero=2 | schedule=constant schedule.decay=0.3 | logger.wandb_project=x
 plan.world_size=8 | cluster.nodes=2 | sweep=lr | sweep.parallel_jobs=2 | model.base_width=32
 optim.rest.rule=steepest

@@ -134,6 +134,14 @@ def test_a_file_is_read_once_under_any_name(shards):
         opened(shards, "train_0.bin", "*0.bin")
 
 
+@pytest.mark.row("R25")
+@pytest.mark.parametrize("key", ["data.train=x", "data.val=x", "data.dtype=uint16"])
+def test_a_folder_takes_no_globs_and_no_dtype(key):
+    kept = [one for one in SMALLEST if one.split("=")[0] not in ("data", "data.tokens")]
+    with pytest.raises(UsageError, match=f"{key} has no effect: .* without data.dir"):
+        compose([*kept, "data=bins", "data.dir=x", key], "train")
+
+
 @pytest.mark.row("R18")
 def test_the_fingerprint_notices_another_shard_or_another_order(shards):
     first = opened(shards).facts["sha256"]
