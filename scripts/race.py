@@ -27,7 +27,7 @@ from geon.scripts.studies import COLOURS
 PUBLISHED = Path(__file__).parent / "published"
 """Curves of others, a file a track; each names its source."""
 
-AXES = ("step", "tokens", "seconds")
+AXES = {"step": "steps", "tokens": "tokens, millions", "seconds": "seconds of training"}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -146,19 +146,20 @@ def table(found: Mapping[str, Any]) -> str:
 def picture(found: Mapping[str, Any]) -> Figure:
     """Loss against steps, tokens and seconds, with the target as a line."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
-    for axes, along in zip(figure.subplots(1, len(AXES), sharey=True), AXES, strict=True):
+    every = zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True)
+    for axes, (along, label) in every:
         for i, (name, run) in enumerate(found["runs"].items()):
             points = [point for point in run["points"] if along in point]
             style = {"ls": "--", "lw": 1.0} if "source" in run else {"marker": "o", "ms": 2.5}
             axes.plot(
-                [point[along] for point in points],
+                [point[along] / (1e6 if along == "tokens" else 1) for point in points],
                 [point["val_loss"] for point in points],
                 color=COLOURS[i % len(COLOURS)],
                 label=name,
                 **style,
             )
         axes.axhline(found["target"], color="#9ca3af", lw=0.8)
-        axes.set_xlabel(along if along != "step" else "steps")
+        axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("validation, nats/token")
     ends = [run["last"]["val_loss"] for run in found["runs"].values()]
