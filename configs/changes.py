@@ -36,6 +36,7 @@ TABLE: dict[str, Kind] = {
     "shard.*": Kind.free,
     "data.micro_batch": Kind.free,
     "data.val_tokens": Kind.free,
+    "data.workers": Kind.free,
     "optim.record_pairs": Kind.free,
     "optim.compile": Kind.free,
     # Weights and state are fp32 in every checkpoint, so any precision goes on from any other; but
@@ -56,7 +57,7 @@ TABLE: dict[str, Kind] = {
 MEASURED = ("data.val_tokens",)
 """Keys that a run may change and go on, but on which its result depends."""
 
-PLACES = ("data.path", "data.train", "data.val", "data.dir")
+PLACES = ("data.path", "data.train", "data.val", "data.dir", "data.dataset", "data.revision")
 """Where data lie. Elsewhere, data of the same fingerprint are the same data: that is said."""
 
 FINGERPRINT = "data.sha256"
@@ -86,6 +87,12 @@ def _word(value: Any) -> str:
 def kind_of(key: str) -> Kind | None:
     """Kind of a key; None if the table does not know it, which is taken for refused."""
     return next((kind for glob, kind in TABLE.items() if fnmatchcase(key, glob)), None)
+
+
+def is_place(key: str) -> bool:
+    """Whether a key says where data lie, those of a source of a mixture included."""
+    mixed, _, word = key.rpartition(".")
+    return key in PLACES or (mixed.startswith("data.mix.") and f"data.{word}" in PLACES)
 
 
 def plain(value: Any) -> Any:
@@ -143,7 +150,7 @@ def leading(found: Sequence[Change]) -> list[Change]:
 
 def _is_free_form(key: str) -> bool:
     """Whether a key lies in a dict whose keys are the user's own."""
-    words = ("overrides", "options", "manifold_options", "finishes")
+    words = ("overrides", "options", "manifold_options", "finishes", "mix")
     return key == FINGERPRINT or any(f".{word}." in key for word in words)
 
 

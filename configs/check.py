@@ -13,7 +13,7 @@ from geon.configs.overrides import groups as groups
 from geon.configs.overrides import keys as keys
 from geon.configs.ranges import check_values
 from geon.configs.recipes import fill, fill_entries, with_overrides
-from geon.configs.schema import ArmConfig, Config, ModelConfig
+from geon.configs.schema import ArmConfig, Config, MixConfig, ModelConfig
 from geon.errors import UsageError, shown
 
 
@@ -32,6 +32,7 @@ def resolve(composed: DictConfig) -> Config:
         check_plain(str(key), value)
     config = fill(Config, content)
     with_overrides(config.optim)
+    config.data.mix = fill_entries(MixConfig, config.data.mix, "data.mix")
     config.sweep.arms = fill_entries(ArmConfig, config.sweep.arms, "sweep.arms")
     config.output = _expanded(config.output)
     check_values(config)

@@ -22,6 +22,7 @@ class Arch(Enum):
 
     gpt = "gpt"
     gpt2 = "gpt2"
+    gpt_track3 = "gpt_track3"
 
 
 class Source(Enum):
@@ -31,6 +32,8 @@ class Source(Enum):
     text = "text"
     bins = "bins"
     synthetic = "synthetic"
+    stream = "stream"
+    mix = "mix"
 
 
 class Layouts(Enum):

@@ -1,7 +1,7 @@
 """When a key is read: one that is typed and not read is refused, because nothing is silent."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -46,6 +46,13 @@ def _source(*sources: Source) -> Callable[[Config], bool]:
     return lambda c: c.data.source in sources
 
 
+def _split(config: Config) -> bool:
+    data = config.data
+    if data.source is Source.mix:
+        return any(part.source is not Source.bins for part in data.parts().values())
+    return data.source is not Source.bins and not data.val_split
+
+
 def _layout(*layouts: Layouts) -> Callable[[Config], bool]:
     return lambda c: c.parallel.layout in layouts
 
@@ -57,8 +64,8 @@ def _any_rule(test: Callable[[RuleConfig], bool]) -> Callable[[Config], bool]:
 def _has_members(config: Config, place: str) -> bool:
     """Whether the model has parameters of a role; the globs of overrides are read in any case."""
     model = config.model
-    tied = model.arch is Arch.gpt2
-    vectors = tied or model.gains
+    tied = model.arch is Arch.gpt2 or model.tied
+    vectors = model.arch is not Arch.gpt or model.gains
     return {"optim.head": not tied, "optim.tied": tied, "optim.rest": vectors}.get(place, True)
 
 
@@ -92,11 +99,17 @@ WHEN = (
     When("data.val", "data=bins, without data.dir", _globs),
     When("data.dtype", "data=bins, without data.dir", _globs),
     When("data.tokens", "data=synthetic", _source(Source.synthetic)),
-    When("data.val_percent", "a source that is split: not data=bins",
-         lambda c: c.data.source is not Source.bins),
+    When("data.val_percent", "a source that is split: not data=bins, no data.val_split", _split),
+    *(When(f"data.{word}", "data=stream", _source(Source.stream))
+      for word in ("tokenizer", "field", "dataset", "subset", "revision", "split", "val_split",
+                   "streams", "workers")),
+    When("data.buffer", "data=stream, and data.shuffle=true",
+         lambda c: c.data.source is Source.stream and c.data.shuffle),
+    When("data.mix*", "data=mix", _source(Source.mix)),
     When("model.n_head", "model.head_dim=0", lambda c: not c.model.head_dim),
     When("model.base_width", "model.mup=true", lambda c: c.model.mup),
-    When("model.rope_base", "model=gpt", lambda c: c.model.arch is Arch.gpt),
+    *(When(f"model.{word}", "model=gpt", lambda c: c.model.arch is Arch.gpt)
+      for word in ("rope_base", "tied", "activation_scale", "gains")),
     When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),
@@ -149,7 +162,7 @@ WHEN = (
 """The first line that fits a key and does not hold is the reason of the refusal. A key without a
 line is read by every run."""
 
-_ANY_RULE = "rule lr lr_scale"
+_ANY_RULE = "rule lr lr_scale cooldown"
 RULE_READS = {
     RuleKind.adamw: f"{_ANY_RULE} weight_decay betas eps per_head idle pattern optional",
     RuleKind.baseline: f"{_ANY_RULE} baseline options per_head idle pattern optional",
@@ -201,6 +214,12 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
     """When a leaf is read, where this config does not read it; '' where it does."""
     if key == "optim.lr" and not _followed(config, raw):
         return "a rate that follows it (lr: ${optim.lr}), and every rate here is set by itself"
+    if key.startswith("data.mix.") and config.data.source is Source.mix:
+        name, _, word = key.removeprefix("data.mix.").partition(".")
+        part = config.data.parts().get(name)
+        if part is None or word in ("", "weight", "source"):
+            return ""
+        return unread(replace(config, data=part), f"data.{word}", raw).replace("data=", "source=")
     for when in WHEN:
         if fnmatchcase(key, when.keys) and not when.read(config):
             return when.words
@@ -210,6 +229,8 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
             if not _has_members(config, route):
                 return "parameters of this role, and the model has none"
             word = key[len(route) + 1 :].split(".")[0]
+            if word == "cooldown" and config.schedule.shape is not Shape.linear:
+                return "schedule=linear"
             if word and word not in RULE_READS[rule.rule].split():
                 kinds = [kind.value for kind, words in RULE_READS.items() if word in words.split()]
                 return f"{route}.rule={' or '.join(kinds)}, not {rule.rule.value}"

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 
 from geon.configs import recipes
 from geon.configs.recipes import OverrideConfig
-from geon.configs.schema import ArmConfig, Config
+from geon.configs.schema import ArmConfig, Config, MixConfig
 from geon.errors import UsageError, nearest, shown
 
 ROOT = Path(__file__).resolve().parent
@@ -21,7 +21,7 @@ LONGEST = 20_000
 """Characters of one override: a grid of a sweep is far below."""
 _LISTED = ("experiment",)
 """Groups of which several options may be taken at once."""
-_ENTRIES = {"optim.overrides": OverrideConfig, "sweep.arms": ArmConfig}
+_ENTRIES = {"optim.overrides": OverrideConfig, "sweep.arms": ArmConfig, "data.mix": MixConfig}
 """Schema of the entries of dict fields; entries of other dict fields are plain values."""
 _REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w.\[\]]*\}")
 _PRIVATE = re.compile(r"_\w+_")
@@ -209,11 +209,21 @@ def _check_truth(key: str, value: Any) -> None:
 
 
 def as_text(override: Override) -> str:
-    """The override as Hydra is to read it: numbers stay as they were typed where text is meant."""
+    """The override as Hydra is to read it.
+
+    Numbers stay as they were typed where text is meant, and a mapping whose keys are the user's own
+    may be given whole: Hydra would refuse its first new key without `+`.
+    """
     text = override.input_line or ""
     if override.is_delete() or override.is_sweep_override():
         return text
     if kind_of(override.key_or_group) is str and isinstance(override.value(), bool | int | float):
         key, _, value = text.partition("=")
         return f'{key}="{value.strip()}"'
+    if (
+        get_origin(kind_of(override.key_or_group)) is dict
+        and isinstance(override.value(), dict)
+        and not text.startswith("+")
+    ):
+        return f"++{text}"
     return text

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from geon.configs.choices import RuleKind
+from geon.configs.choices import RuleKind, Source
 from geon.configs.recipes import RuleConfig
 from geon.configs.schema import Config
 from geon.errors import UsageError, shown
@@ -83,6 +83,7 @@ RANGES: dict[str, Test] = {
     "model.mlp_ratio": positive(64),
     "model.softcap": must("0, or between 0.1 and 1e6", lambda x: x == 0 or 0.1 <= x <= 1e6),
     "model.rope_base": must("above 1 and at most 1e12", lambda x: 1 < x <= 1e12),
+    "model.activation_scale": positive(100),
     "model.base_width": positive(2**17),
     "model.head_dim": not_negative(2**17),
     "optim.name": line(128, empty=False),
@@ -118,6 +119,17 @@ RANGES: dict[str, Test] = {
     "data.dir": PATH,
     "data.dtype": one_of("", "uint16", "uint32"),
     "data.tokens": not_negative(2 * 10**7),
+    "data.tokenizer": PATH,
+    "data.field": PATH,
+    "data.dataset": PATH,
+    "data.subset": line(256),
+    "data.revision": line(256),
+    "data.split": line(256, empty=False),
+    "data.val_split": line(256),
+    "data.streams": positive(2**20),
+    "data.buffer": positive(10**7),
+    "data.workers": not_negative(1024),
+    "data.mix": ANY,
     "parallel.replicas": positive(2**20),
     "parallel.tensor": positive(2**20),
     "parallel.zero": must("one of 0, 1, 2, 3", lambda x: 0 <= x <= 3),
@@ -178,6 +190,7 @@ RANGES: dict[str, Test] = {
 RULE_RANGES: dict[str, Test] = {
     "lr": not_negative(1e30),
     "lr_scale": positive(1e6),
+    "cooldown": PART,
     "weight_decay": not_negative(1000),
     "norm": line(40, empty=False),
     "manifold": line(40, empty=False),
@@ -209,22 +222,44 @@ def check_values(config: Config) -> None:
         for part in key.split("."):
             value = getattr(value, part)
         _check(key, value, test)
+    schedule = config.schedule
     for place, rule in rules(config).items():
         for name, test in RULE_RANGES.items():
             if hasattr(rule, name):
                 _check(f"{place}.{name}", getattr(rule, name), test)
+        if schedule.shape.value == "linear" and schedule.warmup + rule.cooldown > 1 + 1e-9:
+            raise UsageError(
+                f"schedule.warmup {schedule.warmup} and {place}.cooldown {rule.cooldown} overlap: "
+                "together they are at most 1, the whole run"
+            )
         shrinks = 0.0 if rule.rule is RuleKind.baseline else rule.weight_decay
         if rule.lr * rule.lr_scale * shrinks > 1:
             raise UsageError(
                 f"{place}.weight_decay {shrinks} at {place}.lr {rule.lr * rule.lr_scale:g}: a step "
                 "takes off the weight times their product, which is at most 1"
             )
-    schedule = config.schedule
+    _check_mix(config)
     if schedule.shape.value == "linear" and schedule.warmup + schedule.decay > 1 + 1e-9:
         raise UsageError(
             f"schedule.warmup {schedule.warmup} and schedule.decay {schedule.decay} overlap: "
             "together they are at most 1, the whole run"
         )
+
+
+def _check_mix(config: Config) -> None:
+    for name, entry in config.data.mix.items():
+        place = f"data.mix.{shown(name)}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            raise UsageError(f"{place}: name it by letters, digits, _ and -")
+        if entry.source in (Source.stream, Source.mix):
+            raise UsageError(
+                f"{place}.source={entry.source.value}: a mixture is of stdlib, text, bins and "
+                "synthetic, whose length is known"
+            )
+        _check(f"{place}.weight", entry.weight, positive(1e6))
+        for key, value in vars(entry).items():
+            if value is not None and f"data.{key}" in RANGES:
+                _check(f"{place}.{key}", value, RANGES[f"data.{key}"])
 
 
 def rules(config: Config) -> dict[str, RuleConfig]:

@@ -1,6 +1,7 @@
 """The shape of every config: one dataclass a group. Yaml files fill them; nothing else exists."""
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -39,9 +40,16 @@ class ModelConfig:
     """Token ids; follows data.vocab_size unless set (a larger one pads)."""
     mlp_ratio: int = 4
     softcap: float = 0.0
+    """Bound of the logits z: softcap * tanh(z / softcap); gpt_track3: softcap * z / sqrt(z^2 +
+    softcap^2). 0 leaves them."""
     fused_qkv: bool = False
     zero_init_proj: bool = False
     rope_base: float = 10000.0
+    tied: bool = False
+    """gpt: the embedding is the head as well, and enters the residual stream unnormalised (records
+    3 to 7 of the NanoGPT speedrun)."""
+    activation_scale: float = 1.0
+    """gpt: factor on the squared ReLU; 2 keeps variances (Scion)."""
     gains: bool = False
     """gpt: each hidden matrix is diag(rows) W diag(cols), rows and cols learnt by optim.rest."""
     mup: bool = False
@@ -84,6 +92,66 @@ class DataConfig:
     uint32."""
     tokens: int = 0
     """data=synthetic: length."""
+    tokenizer: str = ""
+    """data=stream: the tokenizer's name; empty reads bytes."""
+    field: str = "text"
+    """data=stream: column of the text."""
+    dataset: str = ""
+    """data=stream: a Hugging Face dataset by name, or a local file or folder of .jsonl, .json,
+    .parquet or .txt."""
+    subset: str = ""
+    """data=stream: the dataset's configuration; empty takes its only one."""
+    revision: str = ""
+    """data=stream: commit of the dataset on the hub; empty takes the newest."""
+    split: str = "train"
+    """data=stream: what is trained on."""
+    val_split: str = ""
+    """data=stream: what is validated on; empty holds out data.val_percent of the documents, by the
+    hash of their text."""
+    streams: int = 8
+    """data=stream: disjoint parts that the dataset is read in. Ranks divide it, and it divides the
+    windows of a batch; so what is read does not depend on the number of ranks."""
+    buffer: int = 1000
+    """data=stream: documents of a part that are shuffled together."""
+    workers: int = 1
+    """data=stream: processes of each rank that read and tokenize ahead; 0 has none."""
+    mix: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """data=mix: name -> MixConfig: 'data.mix={code: {weight: 0.7, source: stdlib}, prose: {weight:
+    0.3, source: text, path: FOLDER}}'. A null source is left out."""
+
+    def parts(self) -> dict[str, "DataConfig"]:
+        """Sources of a mixture by name, each as if it were alone."""
+        alone: dict[str, Any] = {
+            f.name: f.default for f in fields(DataConfig) if f.name in PLACE_WORDS
+        }
+        base = replace(self, mix={}, **alone)
+        found = {}
+        for name, entry in self.mix.items():
+            own = {key: value for key, value in vars(entry).items() if value is not None}
+            own.pop("weight")
+            found[name] = replace(base, **own)
+        return found
+
+
+PLACE_WORDS = ("path", "train", "val", "dir", "dtype", "tokens", "bpe_vocab")
+"""Keys of data that a source of a mixture does not take over from `data` where it lacks them."""
+
+
+@dataclass
+class MixConfig:
+    """A source of data=mix. Keys that it lacks are those of `data`, but for where its text lies."""
+
+    weight: float = MISSING
+    """Its share of the windows, beside those of the others."""
+    source: Source = MISSING
+    """stdlib, text, bins or synthetic."""
+    path: str | None = None
+    train: str | None = None
+    val: str | None = None
+    dir: str | None = None
+    dtype: str | None = None
+    tokens: int | None = None
+    val_percent: float | None = None
 
 
 @dataclass

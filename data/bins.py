@@ -179,7 +179,8 @@ def _codec(home: Path, meta: Meta) -> tuple[Codec | None, str]:
     try:
         codec = open_codec(str(home / known.file) if known.file else known.name)
     except UsageError as error:
-        return None, str(error)
+        beside = "" if known.file else f"no {known.name} lies beside the shards as tokenizer.json: "
+        return None, f"{beside}{error}"
     if known.fingerprint and codec.fingerprint != known.fingerprint:
         raise UsageError(
             f"the tokenizer {known.file or known.name} is not the one that made the shards: "

@@ -1,5 +1,6 @@
 """Text <-> token ids. A codec serialises to a string, which checkpoints carry."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -12,6 +13,9 @@ class Codec(ABC):
     """A lossless tokenizer."""
 
     vocab_size: int
+    eot: int | None = None
+    name: str = ""
+    fingerprint: str = ""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -34,6 +38,9 @@ class ByteCodec(Codec):
     """One token a byte of UTF-8."""
 
     vocab_size = 256
+    eot = 0
+    name = "bytes"
+    fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Bytes of the text."""

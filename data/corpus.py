@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from geon.data.codec import ByteCodec, Codec
+from geon.data.hf import Where
 from geon.errors import UsageError
 
 SEPARATOR = b"\x00"
@@ -72,6 +73,8 @@ class Corpus:
         codec: text <-> ids; None when the ids' text is not known.
         val_text: the bytes that `val` encodes; empty when not known.
         facts: counts, hashes and versions for the log.
+        parts, shares: of a mixture, the corpora by name, and the part of the windows that each has.
+        stream: the dataset of a stream, whose `train` holds nothing, and `val` what has been read.
     """
 
     train: Split
@@ -80,6 +83,9 @@ class Corpus:
     codec: Codec | None
     val_text: bytes
     facts: dict[str, Any]
+    parts: dict[str, "Corpus"] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    stream: Where | None = None
 
 
 def split_by_name(names: Sequence[str], val_percent: float) -> list[bool]:

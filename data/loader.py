@@ -30,9 +30,10 @@ class Loader:
         return self._batches.pairs(self._read(step).to(self._device, non_blocking=True))
 
     def close(self) -> None:
-        """Let the thread end; the loader may not be used after."""
+        """Let the thread end, and what the batches read ahead; the loader may not be used after."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
+        self._batches.close()
 
     def _read(self, step: int) -> Tensor:
         if self._thread is None:

@@ -63,6 +63,19 @@ def sample_index(seed: int, first: int, count: int, windows: int, shuffle: bool)
     return out
 
 
+def check_windows(split: Split, context: int) -> None:
+    """Refuse tokens that do not fill one window.
+
+    Raises:
+        UsageError: names them, and model.context.
+    """
+    if len(split) <= context:
+        raise UsageError(
+            f"{split.name} has {len(split)} tokens, too few for one window of "
+            f"model.context {context} + 1: give more text or lower model.context"
+        )
+
+
 @dataclass(frozen=True)
 class Batches:
     """Batches of token windows for one rank.
@@ -88,11 +101,7 @@ class Batches:
     begin: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        if self.windows < 1:
-            raise UsageError(
-                f"{self.split.name} has {len(self.split)} tokens, too few for one window of "
-                f"model.context {self.context} + 1: give more text or lower model.context"
-            )
+        check_windows(self.split, self.context)
 
     @property
     def windows(self) -> int:
@@ -117,6 +126,9 @@ class Batches:
         for row, i in zip(rows, index, strict=True):
             row[:] = self.split.window(int(i) * self.context, self.context + 1)
         return torch.from_numpy(rows)
+
+    def close(self) -> None:
+        """End what reads ahead, where anything does."""
 
     def pairs(self, windows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Micro-batches of what `windows_at` gave, on its device: int64 (micro, T) each.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 import geon
-from geon.configs.changes import PLACES
+from geon.configs.changes import is_place
 from geon.engine.parallel import Parallel
 from geon.errors import SaveError, UsageError
 
@@ -48,7 +48,7 @@ def check_alike(parallel: Parallel, settings: Mapping[str, Any], data: Mapping[s
         UsageError: on every rank, the same: the first key that differs on the lowest such rank.
     """
     known = "sha256" in data  # the same data may lie elsewhere on another host
-    found = {k: v for k, v in settings.items() if not (known and k in PLACES)}
+    found = {k: v for k, v in settings.items() if not (known and is_place(k))}
     told = ("name", "no text")  # may hold paths of a host
     found |= {f"data: {key}": value for key, value in data.items() if key not in told}
     found |= {"version of torch": torch.__version__, "version of geon": geon.__version__}

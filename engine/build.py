@@ -29,7 +29,8 @@ from geon.data import (
     synthetic_corpus,
     text_corpus,
 )
-from geon.engine import kept
+from geon.data.tokenizers import open_codec
+from geon.engine import kept, sources
 from geon.engine.devices import arithmetic
 from geon.engine.parallel import Parallel, mesh_shape
 from geon.engine.sharding import make_sharding
@@ -73,6 +74,10 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
         corpus = text_corpus(config.path, config.val_percent, config.bpe_vocab, known)
     elif config.source is Source.bins:
         corpus = open_bins(config.train, config.val, config.vocab_size, config.dir, config.dtype)
+    elif config.source is Source.mix:
+        corpus = sources.mixture(config, lambda part: make_corpus(part, seed, codec))
+    elif config.source is Source.stream:
+        corpus = sources.stream(config, open_codec(config.tokenizer or "bytes"))
     else:
         corpus = synthetic_corpus(config.vocab_size, config.tokens, config.val_percent, seed)
     if corpus.vocab_size > config.vocab_size:
@@ -133,6 +138,7 @@ def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batch
     Raises:
         UsageError: the batch does not divide; names the nearest one that does.
     """
+    main = rank == 0
     tensor = mesh_shape(config.parallel, world).get("tensor", 1)
     rank, world = rank // tensor, world // tensor
     context, tokens = config.model.context, config.data.batch_tokens
@@ -145,16 +151,17 @@ def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batch
             f"data.batch_tokens {tokens} is not a multiple of {unit} = model.context {context} x "
             f"{world} ranks x data.micro_batch {micro}: the nearest that divides is {nearby}"
         )
-    return Batches(
-        corpus.train,
-        context,
-        sequences,
-        rank,
-        world,
-        micro,
-        config.seed,
-        config.data.shuffle,
-    )
+    common = {
+        "split": corpus.train,
+        "context": context,
+        "sequences": sequences,
+        "rank": rank,
+        "world": world,
+        "micro": micro,
+        "seed": config.seed,
+        "shuffle": config.data.shuffle,
+    }
+    return sources.batches(config, corpus, common, main)
 
 
 def initialise(model: LanguageModel, routing: Routing, seed: int) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from geon.engine import checkpoint, kept, writing
+from geon.engine import checkpoint, kept, streaming, writing
 from geon.engine.build import fingerprint
 from geon.engine.integrity import COMMIT
 from geon.engine.trainer import Callback, Trainer
@@ -146,7 +146,7 @@ class Checkpointer(Callback):
 
 
 def facts_of(trainer: Trainer) -> dict[str, Any]:
-    """What a commit file says of a run besides its tensors."""
+    """What a commit file says of a run besides its tensors; every rank must call."""
     run = trainer.run
     codec = run.corpus.codec
     return {
@@ -158,6 +158,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
         "seed": run.config.seed,
         "data": run.corpus.facts,
         "codec": codec.serialise() if codec else None,
+        "stream": streaming.facts(run.batches, trainer.step, run.parallel),
         "torch": torch.__version__,
         "state": kept.numbers(run.optimizer),
         **trainer.health.facts(run.optimizer),

@@ -16,7 +16,7 @@ from geon.configs.schema import Config
 from geon.data import Batches, Corpus
 from geon.engine import build
 from geon.engine.backends import check_deepspeed
-from geon.engine.evaluate import val_windows
+from geon.engine.evaluate import check_val
 from geon.engine.health import check_health
 from geon.engine.loggers import check_loggers
 from geon.engine.parallel import check_layout
@@ -68,7 +68,8 @@ def check(
     corpus = corpus or _read_data(config, tokenizer())
     check_samples(config, corpus)
     batches = build.make_batches(config, corpus, rank, world)
-    val_windows(corpus, config.model.context, config.data.val_tokens)
+    if corpus.stream is None:  # a stream's is read by the run alone: it may take a while
+        check_val(corpus, config.model.context, config.data.val_tokens)
     return Checked(corpus, batches, model, routing)
 
 
@@ -112,7 +113,8 @@ def check_samples(config: Config, corpus: Corpus) -> None:
     Raises:
         UsageError: names the key.
     """
-    if config.eval.sample_tokens and config.data.source is Source.bins and corpus.codec is None:
+    unknown = config.data.source in (Source.bins, Source.mix) and corpus.codec is None
+    if config.eval.sample_tokens and unknown:
         why = corpus.facts.get("no text", "no meta.json with a tokenizer lies beside the shards")
         raise UsageError(
             f"eval.sample_tokens {config.eval.sample_tokens}: the text of these ids is not known, "

@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 
 from geon.configs.changes import (
     FINGERPRINT,
-    PLACES,
     Change,
     Kind,
     changes,
     covers,
     flat,
+    is_place,
     kind_of,
     leading,
     plain,
@@ -43,7 +43,7 @@ def compare(
     there[FINGERPRINT], here[FINGERPRINT] = _fingerprints(facts.get("data") or {}, data)
     found = changes(there, here)
     if there[FINGERPRINT] == here[FINGERPRINT] and "sha256" in there[FINGERPRINT]:
-        found = [c._replace(kind=Kind.said) if c.key in PLACES else c for c in found]
+        found = [c._replace(kind=Kind.said) if is_place(c.key) else c for c in found]
     allowed = config.checkpoint.allow_change
     if wrong := refused(found, [] if done else allowed):
         raise UsageError(_refusal(path, wrong, done))

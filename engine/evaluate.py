@@ -1,7 +1,7 @@
 """Validation loss in nats per token and per byte, on every rank's share of the text."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,16 +22,38 @@ _PIECE = 1 << 22
 class Evaluation:
     """Loss over a run of validation tokens.
 
-    nats_per_byte is None when the ids' text is not known.
+    nats_per_byte is None when the ids' text is not known. parts: of a mixture, those of its sources
+    by name; the losses are then means by their shares.
     """
 
     tokens: int
     nats_per_token: float
     nats_per_byte: float | None
+    parts: Mapping[str, "Evaluation"] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The evaluation as a record of the log."""
-        return {f"val_{k}": v for k, v in asdict(self).items()}
+        """The evaluation as a flat record of the log; a source's figures end in its name."""
+        found: dict[str, float | int | None] = {
+            "val_tokens": self.tokens,
+            "val_nats_per_token": self.nats_per_token,
+            "val_nats_per_byte": self.nats_per_byte,
+        }
+        for name, part in self.parts.items():
+            found |= {f"{key}.{name}": value for key, value in part.to_dict().items()}
+        return found
+
+
+def together(parts: Mapping[str, Evaluation], shares: Mapping[str, float]) -> Evaluation:
+    """Evaluation of a mixture: nats of its average token, and of its average byte."""
+    nats = sum(shares[name] * part.nats_per_token for name, part in parts.items())
+    size = 0.0
+    for name, part in parts.items():
+        if part.nats_per_byte is None:
+            size = 0.0
+            break
+        size += shares[name] * part.nats_per_token / part.nats_per_byte
+    tokens = sum(part.tokens for part in parts.values())
+    return Evaluation(tokens, nats, nats / size if size else None, parts)
 
 
 def val_windows(corpus: Corpus, context: int, val_tokens: int) -> int:
@@ -68,6 +90,16 @@ def val_text(corpus: Corpus, context: int, windows: int, most: int = 1 << 24) ->
     return corpus.codec.decode(corpus.val.window(1, count))
 
 
+def check_val(corpus: Corpus, context: int, val_tokens: int) -> None:
+    """Refuse validation tokens, of a source of a mixture too, that do not fill one window.
+
+    Raises:
+        UsageError: as `val_windows`.
+    """
+    for part in corpus.parts.values() or [corpus]:
+        val_windows(part, context, val_tokens)
+
+
 @torch.no_grad()
 def evaluate(
     parallel: Parallel,
@@ -85,6 +117,16 @@ def evaluate(
 
     stop: asked now and then, on every rank alike, whether to leave it; then there is no result.
     """
+    if corpus.parts:
+        every = corpus.parts.values()
+        batch = min(batch, *(val_windows(part, context, val_tokens) for part in every))
+        found: dict[str, Evaluation] = {}
+        for name, part in corpus.parts.items():
+            one = evaluate(parallel, part, context, val_tokens, batch, stop)
+            if one is None:
+                return None
+            found[name] = one
+        return together(found, corpus.shares)
     windows = val_windows(corpus, context, val_tokens)
     batch = min(batch, windows)
     batches = [range(i, min(i + batch, windows)) for i in range(0, windows, batch)]

@@ -57,6 +57,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], Any]] = {
     "seed": (lambda x: x is None or type(x) is int, None),
     "data": (_mapping, None),
     "codec": (_text, None),
+    "stream": (_mapping, None),
     "torch": (_text, None),
     "skipped": (lambda x: isinstance(x, list) and all(map(_count, x)), []),
     "state": (_mapping, None),

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from geon.configs.changes import flat, plain
+from geon.configs.choices import Format, Source
 from geon.configs.schema import Config, Mode
 from geon.engine import build, fitting, planning, resume
 from geon.engine.agreement import check_alike, on_main
@@ -14,6 +15,7 @@ from geon.engine.checkpointer import Checkpointer
 from geon.engine.checks import Checked, check, check_launched
 from geon.engine.curvature import Curvature
 from geon.engine.devices import pick_device
+from geon.engine.evaluate import check_val
 from geon.engine.exhaustion import explained
 from geon.engine.geometry import Geometry, RecordPairs
 from geon.engine.lock import Lock
@@ -22,6 +24,7 @@ from geon.engine.parallel import Parallel, start
 from geon.engine.preemption import Preemption
 from geon.engine.report import Report
 from geon.engine.resume import Choice
+from geon.engine.sources import with_validation
 from geon.engine.trainer import Callback, Trainer
 from geon.engine.watch import Watch
 from geon.launch.env import Env
@@ -40,7 +43,9 @@ def execute(config: Config, env: Env) -> None:
         if env.main:
             world = config.plan.world_size or env.world
             print(planning.report_plan(config, world), flush=True)
-            check(config, world)
+            checked = check(config, world)
+            if config.data.source is Source.stream and config.plan.format is Format.table:
+                print(f"data, of which nothing was read: {checked.corpus.facts}")
         return
     train(config, env)
 
@@ -87,7 +92,9 @@ def check_alone(config: Config, env: Env) -> Checked:
     kept = partial(resume.tokenizer, config, env)
     checked = check(config, env.world, env.rank, place.type, tokenizer=kept)
     check_launched(config, env.launched)
-    return checked
+    corpus = with_validation(config, checked.corpus)
+    check_val(corpus, config.model.context, config.data.val_tokens)
+    return replace(checked, corpus=corpus)
 
 
 def begin(config: Config, checked: Checked, parallel: Parallel, lock: Lock) -> Begun:

@@ -11,7 +11,7 @@ from geon.engine import history
 from geon.engine.callbacks import Evaluator, write_json
 from geon.engine.card import write_card
 from geon.engine.differences import changed_settings
-from geon.engine.evaluate import val_bytes, val_text, val_windows
+from geon.engine.evaluate import Evaluation, val_bytes, val_text, val_windows
 from geon.engine.loggers import reason, say, warn
 from geon.engine.metrics import hardware, yardsticks
 from geon.engine.runfolder import REPORT, read_metrics
@@ -69,9 +69,12 @@ class Report(Callback):
         assert evaluation is not None
         train = read_metrics(trainer.folder, "train")
         context = run.config.model.context
-        windows = val_windows(run.corpus, context, run.config.data.val_tokens)
-        size = val_bytes(run.corpus, context, windows)
-        text = val_text(run.corpus, context, windows)
+        text, size = b"", 0
+        for part in run.corpus.parts.values() or [run.corpus]:
+            windows = val_windows(part, context, run.config.data.val_tokens)
+            size += val_bytes(part, context, windows)
+            # A mixture's sources differ in share: no coder's figure of their text is beside its.
+            text = b"" if run.corpus.parts else val_text(part, context, windows)
         return {
             "name": run.config.name,
             **_lineage(trainer),
@@ -81,7 +84,7 @@ class Report(Callback):
             "layout": run.config.parallel.layout.value,
             "steps": trainer.step,
             "tokens": trainer.tokens,
-            "train_bytes_seen": _bytes_seen(trainer, size / (windows * context)),
+            "train_bytes_seen": _bytes_seen(trainer, evaluation),
             "train_seconds": trainer.elapsed,
             **evaluation.to_dict(),
             "val_bytes": size,
@@ -117,9 +120,11 @@ def _lineage(trainer: Trainer) -> dict[str, Any]:
     return {"run": past.run, "segments": segments, "settings_changed": changed}
 
 
-def _bytes_seen(trainer: Trainer, mean: float) -> int | None:
+def _bytes_seen(trainer: Trainer, last: Evaluation) -> int | None:
     """Bytes of text trained on: exact for bytes; else by the mean length of validation's tokens."""
-    return round(trainer.tokens * mean) if mean else None
+    if not last.nats_per_byte:
+        return None
+    return round(trainer.tokens * last.nats_per_token / last.nats_per_byte)
 
 
 def draw(folder: Path, facts: dict[str, Any]) -> list[Path]:
@@ -146,7 +151,11 @@ def table(facts: dict[str, Any]) -> str:
     else:
         rows.append(("validation", _nats_and_bits(facts["val_nats_per_byte"])))
         labels = {"order0": "  order-0 entropy", "zlib": "  zlib -9", "bz2": "  bz2 -9"}
-        rows += [(label, _nats_and_bits(facts[key])) for key, label in labels.items()]
+        known = [key for key in labels if key in facts]
+        rows += [(labels[key], _nats_and_bits(facts[key])) for key in known]
+    for key, value in facts.items():
+        if key.startswith("val_nats_per_token."):
+            rows.append((f"  {key.partition('.')[2]}", f"{value:.4f} nats/token"))
     if facts["optimizer_share"] is not None:
         rows.append(("speed", f"{facts['tokens_per_second']:,.0f} tokens/s"))
         rows.append(("optimizer", f"{facts['optimizer_share']:.1%} of step time, "

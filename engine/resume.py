@@ -7,7 +7,7 @@ from typing import Any
 
 from geon.configs.changes import Change, Kind, plain
 from geon.configs.schema import Config
-from geon.engine import checkpoint, history, integrity, runfolder, writing
+from geon.engine import checkpoint, history, integrity, runfolder, streaming, writing
 from geon.engine.agreement import on_main
 from geon.engine.differences import compare
 from geon.engine.history import History, Segment
@@ -271,7 +271,8 @@ def take(trainer: Trainer, path: Path, project: bool = False) -> None:
     trainer.step, trainer.elapsed = facts["step"], facts["elapsed"]
     trainer.tokens = facts["tokens"] or trainer.step * run.config.data.batch_tokens
     context = run.config.model.context
-    trainer.read_from(replace(run.batches, begin=(trainer.step, trainer.tokens // context)))
+    begin = trainer.step, trainer.tokens // context
+    trainer.read_from(streaming.resumed(replace(run.batches, begin=begin), path, facts))
     if run.parallel.env.main:
         print(f"resuming from {path} at step {trainer.step}", flush=True)
 

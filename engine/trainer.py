@@ -3,19 +3,19 @@
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from geon.data import Batches, Loader
+from geon.data import Batches, Loader, StreamBatches
 from geon.engine.build import Run
 from geon.engine.health import Health
 from geon.engine.loggers import Logger
 from geon.engine.metrics import PeakMemory, Stopwatch
-from geon.engine.schedule import fraction, progress
+from geon.engine.schedule import fraction, own_fractions, progress
 from geon.errors import UsageError
 
 COLLECT_EVERY = 1000
@@ -93,8 +93,9 @@ class Trainer:
         return progress(self.run.config.schedule, self.step, self.elapsed)
 
     def read_from(self, batches: Batches) -> None:
-        """Read other batches from here on, unless they are the same."""
-        if batches.first(self.step) != self.run.batches.first(self.step):
+        """Read other batches from here on, unless they are the same; a stream's never are."""
+        same = batches.first(self.step) == self.run.batches.first(self.step)
+        if isinstance(batches, StreamBatches) or not same:
             self.run.batches = batches
             self.loader.close()
             self.loader = Loader(batches, self.run.parallel.device)
@@ -106,7 +107,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end of the schedule, then let the callbacks finish."""
-        with closing(self.loader), collected_seldom():
+        with ExitStack() as last, collected_seldom():
+            last.callback(lambda: self.loader.close())  # the one that is there then
             for callback in self._entered():
                 callback.on_start(self)
             self._resumed_at = time.perf_counter() - self.elapsed
@@ -139,6 +141,10 @@ class Trainer:
         run = self.run
         self.lr_fraction = fraction(run.config.schedule, self.progress)
         run.optimizer.set_lr(self.lr_fraction)
+        own = own_fractions(run.config.schedule, run.routing.configs, self.progress)
+        for group in run.optimizer.param_groups:
+            if group["name"] in own:
+                group["lr"] = own[group["name"]] * group["initial_lr"]
         self.loss = None
         if self.step in self.health.banned:
             self.health.leave_out(self, "the run went back from here")

@@ -12,6 +12,7 @@ import argparse
 import gc
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geon.configs.schema import Mode
 from geon.engine.callbacks import write_json
@@ -43,6 +44,16 @@ BATCH = 8 * 64 * 1024
 VALIDATION = 20 * 524288
 """Tokens that it validates on before the first step."""
 EXPERIMENT = "speedrun/track3_muon"
+NAMES = (
+    (r"^norm1\.", "norm_embed."),
+    (r"^norm2\.", "norm."),
+    (r"^proj\.", "head."),
+    (r"\.attn\.([qkv])\.", r".proj_in.\1."),
+    (r"\.attn\.proj\.", ".proj_out."),
+    (r"\.mlp\.fc\.", ".up."),
+    (r"\.mlp\.proj\.", ".down."),
+)
+"""Patterns in names of the track's GPT, and what stands there in gpt_track3."""
 
 
 def shards(folder: Path, split: str) -> list[tuple[Path, int]]:
@@ -123,6 +134,30 @@ def theirs(
     return [one / BATCH for one in sums], weights
 
 
+def our_name(name: str) -> str:
+    """Name in gpt_track3 of a parameter of the track's GPT."""
+    for theirs, ours in NAMES:
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+@torch.no_grad()
+def load_track_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Set all parameters of a gpt_track3 from the track's by their names.
+
+    Raises:
+        UsageError: a parameter is missing, one is left over, or a shape differs.
+    """
+    params = dict(model.named_parameters())
+    found = {our_name(name): value for name, value in weights.items()}
+    shapes = [{n: tuple(t.shape) for n, t in one.items()} for one in (params, found)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(dict(shapes[0].items() ^ shapes[1].items()))
+        raise UsageError(f"the track's weights are not those of gpt_track3: {', '.join(odd[:4])}")
+    for name, param in params.items():
+        param.copy_(found[name])
+
+
 def ours(
     folder: Path, weights: Mapping[str, Tensor], steps: int, overrides: Sequence[str]
 ) -> list[float]:
@@ -131,8 +166,6 @@ def ours(
     Raises:
         UsageError: as training does.
     """
-    from geon.models.gpt_track3 import load_track_weights
-
     told = [
         f"experiment={EXPERIMENT}",
         "parallel=single",

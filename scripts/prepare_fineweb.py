@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"geon: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"geon: error: '{error.filename}': {error.strerror or error}", file=sys.stderr)
+        place = error.filename or args.out
+        print(f"geon: error: '{place}': {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
@@ -187,7 +188,8 @@ def _tokenizer(
     except (DownloadError, UsageError) as error:
         print(f"geon: no tokenizer, so no nats/byte and no samples: {error}", file=sys.stderr)
         return TokenizerMeta(name), *gpt2
-    return TokenizerMeta(name, codec.fingerprint, TOKENIZER), codec.vocab_size, codec.eot
+    eot = gpt2[1] if codec.eot is None else codec.eot
+    return TokenizerMeta(name, codec.fingerprint, TOKENIZER), codec.vocab_size, eot
 
 
 def _fetch_tokenizer(endpoint: str, repo: str, folder: Path) -> None:

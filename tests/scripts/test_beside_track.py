@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from geon.data import write_bin
 from geon.errors import UsageError
 from geon.launch.local import ROOT
+from geon.models import ModelShape
+from geon.models.gpt_track3 import GPTTrack3
 from geon.scripts import beside_track as beside
 
 FAKE = """
@@ -128,6 +130,30 @@ def test_shards_are_linked_by_the_names_that_the_script_looks_for(tmp_path):
     (data / "mine_train_000000.bin").write_bytes(b"\0" * 2048)
     with pytest.raises(UsageError, match="is no uint16 shard with a header"):
         beside.lay_out(data, tmp_path / "other", 50)
+
+
+def test_the_tracks_names_are_those_of_gpt_track3():
+    """Names and shapes as its script has them, at two layers of width 16 and 11 ids."""
+    theirs = {"embed.weight": (11, 16), "proj.weight": (11, 16), "proj.bias": (11,)}
+    theirs |= {f"norm{i}.gains": (16,) for i in (1, 2)}
+    for i in range(2):
+        block = {f"attn.{name}": (16, 16) for name in ("q", "k", "v", "proj")}
+        block |= {"mlp.fc": (64, 16), "mlp.proj": (16, 64)}
+        for name, shape in block.items():
+            theirs[f"blocks.{i}.{name}.weight"] = shape
+            theirs[f"blocks.{i}.{name}.bias"] = shape[:1]
+        theirs |= {f"blocks.{i}.norm{j}.gains": (16,) for j in (1, 2)}
+    weights = {name: torch.randn(shape) for name, shape in theirs.items()}
+    model = GPTTrack3(ModelShape(vocab_size=11, context=8, n_layer=2, n_head=2, d_model=16))
+    beside.load_track_weights(model, weights)
+    params = dict(model.named_parameters())
+    assert torch.equal(params["blocks.1.down.weight"], weights["blocks.1.mlp.proj.weight"])
+    assert torch.equal(params["norm_embed.gains"], weights["norm1.gains"])
+    assert torch.equal(params["blocks.0.norm1.gains"], weights["blocks.0.norm1.gains"])
+    assert torch.equal(params["head.bias"], weights["proj.bias"])
+    del weights["norm2.gains"]
+    with pytest.raises(UsageError, match="not those of gpt_track3: norm.gains"):
+        beside.load_track_weights(model, weights)
 
 
 def test_one_step_that_is_too_far_apart_fails_the_comparison():
