@@ -22,6 +22,7 @@ class Arch(Enum):
 
     gpt = "gpt"
     gpt2 = "gpt2"
+    gpt_track3 = "gpt_track3"
 
 
 class Source(Enum):

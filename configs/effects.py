@@ -73,8 +73,8 @@ def _any_rule(test: Callable[[RuleConfig], bool]) -> Callable[[Config], bool]:
 def _has_members(config: Config, place: str) -> bool:
     """Whether the model has parameters of a role; the globs of overrides are read in any case."""
     model = config.model
-    tied = model.arch is Arch.gpt2
-    vectors = tied or model.gains
+    tied = model.arch is Arch.gpt2 or model.tied
+    vectors = model.arch is not Arch.gpt or model.gains
     return {"optim.head": not tied, "optim.tied": tied, "optim.rest": vectors}.get(place, True)
 
 
@@ -121,7 +121,8 @@ WHEN = (
     When("data.mix*", "data=mix", _source(Source.mix)),
     When("model.n_head", "model.head_dim=0", lambda c: not c.model.head_dim),
     When("model.base_width", "model.mup=true", lambda c: c.model.mup),
-    When("model.rope_base", "model=gpt", lambda c: c.model.arch is Arch.gpt),
+    *(When(f"model.{word}", "model=gpt", lambda c: c.model.arch is Arch.gpt)
+      for word in ("rope_base", "tied", "activation_scale", "gains")),
     When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),
@@ -174,7 +175,7 @@ WHEN = (
 """The first line that fits a key and does not hold is the reason of the refusal. A key without a
 line is read by every run."""
 
-_ANY_RULE = "rule lr lr_scale"
+_ANY_RULE = "rule lr lr_scale cooldown"
 RULE_READS = {
     RuleKind.adamw: f"{_ANY_RULE} weight_decay betas eps per_head idle pattern optional",
     RuleKind.baseline: f"{_ANY_RULE} baseline options per_head idle pattern optional",
@@ -241,6 +242,8 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
             if not _has_members(config, route):
                 return "parameters of this role, and the model has none"
             word = key[len(route) + 1 :].split(".")[0]
+            if word == "cooldown" and config.schedule.shape is not Shape.linear:
+                return "schedule=linear"
             if word and word not in RULE_READS[rule.rule].split():
                 kinds = [kind.value for kind, words in RULE_READS.items() if word in words.split()]
                 return f"{route}.rule={' or '.join(kinds)}, not {rule.rule.value}"

@@ -29,12 +29,17 @@ _UNDECODED = re.compile(r"[\ud800-\udfff\x00]")
 
 
 def groups(root: Path = ROOT) -> dict[str, list[str]]:
-    """Config groups and their options, e.g. {"model": ["gpt", "gpt2"], "model/size": [...]}."""
+    """Config groups and their options, e.g. {"model": ["gpt", "gpt2"], "model/size": [...]}.
+
+    Folders in experiment/ are no groups: their files are its options, e.g. speedrun/offline.
+    """
     found: dict[str, list[str]] = {}
     for file in sorted(root.rglob("*.yaml")):
-        group = file.parent.relative_to(root).as_posix()
-        if group != ".":
-            found.setdefault(group, []).append(file.stem)
+        *folders, option = file.relative_to(root).with_suffix("").parts
+        if folders[:1] == ["experiment"]:
+            folders, option = folders[:1], "/".join([*folders[1:], option])
+        if folders:
+            found.setdefault("/".join(folders), []).append(option)
     return found
 
 

@@ -83,6 +83,7 @@ RANGES: dict[str, Test] = {
     "model.mlp_ratio": positive(64),
     "model.softcap": must("0, or between 0.1 and 1e6", lambda x: x == 0 or 0.1 <= x <= 1e6),
     "model.rope_base": must("above 1 and at most 1e12", lambda x: 1 < x <= 1e12),
+    "model.activation_scale": positive(100),
     "model.base_width": positive(2**17),
     "model.head_dim": not_negative(2**17),
     "optim.name": line(128, empty=False),
@@ -189,6 +190,7 @@ RANGES: dict[str, Test] = {
 RULE_RANGES: dict[str, Test] = {
     "lr": not_negative(1e30),
     "lr_scale": positive(1e6),
+    "cooldown": PART,
     "weight_decay": not_negative(1000),
     "norm": line(40, empty=False),
     "manifold": line(40, empty=False),
@@ -220,10 +222,16 @@ def check_values(config: Config) -> None:
         for part in key.split("."):
             value = getattr(value, part)
         _check(key, value, test)
+    schedule = config.schedule
     for place, rule in rules(config).items():
         for name, test in RULE_RANGES.items():
             if hasattr(rule, name):
                 _check(f"{place}.{name}", getattr(rule, name), test)
+        if schedule.shape.value == "linear" and schedule.warmup + rule.cooldown > 1 + 1e-9:
+            raise UsageError(
+                f"schedule.warmup {schedule.warmup} and {place}.cooldown {rule.cooldown} overlap: "
+                "together they are at most 1, the whole run"
+            )
         shrinks = 0.0 if rule.rule is RuleKind.baseline else rule.weight_decay
         if rule.lr * rule.lr_scale * shrinks > 1:
             raise UsageError(
@@ -232,7 +240,6 @@ def check_values(config: Config) -> None:
                 f"lower one of them{' (optim.lr)' if rule.lr == config.optim.lr else ''}"
             )
     _check_mix(config)
-    schedule = config.schedule
     if schedule.shape.value == "linear" and schedule.warmup + schedule.decay > 1 + 1e-9:
         raise UsageError(
             f"schedule.warmup {schedule.warmup} and schedule.decay {schedule.decay} overlap: "

@@ -23,6 +23,9 @@ class RuleConfig:
     """Peak learning rate. On a manifold: radians a step."""
     lr_scale: float = 1.0
     """Multiplies lr, so that rates which follow optim.lr keep a ratio to it."""
+    cooldown: float = 0.0
+    """Share of the run, at its end, over which this rate decays; 0 takes schedule.decay. Read by
+    runs with schedule=linear."""
     weight_decay: float = 0.0
     """Decoupled, per unit of lr. 1 makes a steepest rule Scion's constrained form."""
     norm: str = "spectral"

@@ -41,9 +41,16 @@ class ModelConfig:
     the number where that is 0."""
     mlp_ratio: int = 4
     softcap: float = 0.0
+    """Bound of the logits z: softcap * tanh(z / softcap); gpt_track3: softcap * z / sqrt(z^2 +
+    softcap^2). 0 leaves them."""
     fused_qkv: bool = False
     zero_init_proj: bool = False
     rope_base: float = 10000.0
+    tied: bool = False
+    """gpt: the embedding is the head as well, and enters the residual stream unnormalised (records
+    3 to 7 of the NanoGPT speedrun)."""
+    activation_scale: float = 1.0
+    """gpt: factor on the squared ReLU; 2 keeps variances (Scion)."""
     gains: bool = False
     """gpt: each hidden matrix is diag(rows) W diag(cols), rows and cols learnt by optim.rest."""
     mup: bool = False
@@ -195,7 +202,8 @@ class ScheduleConfig:
     floor: float = 0.0
     """Fraction of the peak at the end."""
     budget_seconds: float = 0.0
-    """When set, a run too slow for its steps anneals by the clock and ends at this time."""
+    """When set, a run too slow for its steps anneals by the clock and ends at this time, to which
+    evaluations do not count."""
 
 
 @dataclass

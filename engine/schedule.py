@@ -1,7 +1,10 @@
 """Learning-rate fraction as a function of progress in [0, 1]."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
+from geon.configs.recipes import RuleConfig
 from geon.configs.schema import ScheduleConfig, Shape
 
 
@@ -32,3 +35,14 @@ def fraction(config: ScheduleConfig, progress: float) -> float:
         return config.floor + (1.0 - config.floor) * min(1.0, left)
     through = (progress - config.warmup) / max(1.0 - config.warmup, 1e-12)
     return config.floor + (1.0 - config.floor) * 0.5 * (1.0 + math.cos(math.pi * through))
+
+
+def own_fractions(
+    config: ScheduleConfig, rules: Mapping[str, RuleConfig], progress: float
+) -> dict[str, float]:
+    """Fractions of the routes whose rates decay over a share of the run of their own."""
+    return {
+        name: fraction(replace(config, decay=rule.cooldown), progress)
+        for name, rule in rules.items()
+        if rule.cooldown and config.shape is Shape.linear
+    }

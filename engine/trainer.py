@@ -15,7 +15,7 @@ from geon.engine.build import Run
 from geon.engine.health import Health
 from geon.engine.loggers import Logger
 from geon.engine.metrics import PeakMemory, Stopwatch
-from geon.engine.schedule import fraction, progress
+from geon.engine.schedule import fraction, own_fractions, progress
 from geon.errors import UsageError
 
 COLLECT_EVERY = 1000
@@ -61,7 +61,7 @@ class Trainer:
 
     Attributes:
         step: steps taken, over resumes; with it goes the whole data state.
-        elapsed: seconds of training, over resumes.
+        elapsed: seconds of training, over resumes; evaluations are not counted.
         tokens: those read, over resumes.
         facts: what else the commit file of each checkpoint says of the run, for JSON.
         lr_fraction: share of the peak rates in the last step.
@@ -141,6 +141,10 @@ class Trainer:
         run = self.run
         self.lr_fraction = fraction(run.config.schedule, self.progress)
         run.optimizer.set_lr(self.lr_fraction)
+        own = own_fractions(run.config.schedule, run.routing.configs, self.progress)
+        for group in run.optimizer.param_groups:
+            if group["name"] in own:
+                group["lr"] = own[group["name"]] * group["initial_lr"]
         self.loss = None
         if self.step in self.health.banned:
             self.health.leave_out(self, "the run went back from here")
@@ -200,6 +204,18 @@ class Trainer:
             logger.rewind(self.step)
         for callback in self.callbacks:
             callback.on_rewind(self)
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What is done in here takes no time of the training's: `elapsed` does not count it."""
+        device = self.run.parallel.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what the device has still to do is training
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._resumed_at += time.perf_counter() - since
 
     def _read_clock(self) -> None:
         self.elapsed = time.perf_counter() - self._resumed_at

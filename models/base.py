@@ -25,10 +25,12 @@ class ModelShape:
         n_head: attention heads; divides d_model.
         d_model: width.
         mlp_ratio: hidden width of the MLP over d_model.
-        softcap: logits become softcap * tanh(logits / softcap); 0 leaves them.
+        softcap: bound of the logits, in the architecture's form; 0 leaves them.
         fused_qkv: one projection for q, k and v, with its splits declared.
         zero_init_proj: start output projections and head at zero.
         rope_base: base of the rotary frequencies.
+        tied: the embedding is the head as well, and enters the residual stream unnormalised.
+        activation_scale: factor on the squared ReLU.
         gains: each hidden matrix is diag(rows) W diag(cols) with learnt rows and cols.
         mup: maximal update parametrisation for AdamW: initial draw, rate and logit scales by role.
         base_width: width at which mup changes nothing.
@@ -44,6 +46,8 @@ class ModelShape:
     fused_qkv: bool = False
     zero_init_proj: bool = False
     rope_base: float = 10000.0
+    tied: bool = False
+    activation_scale: float = 1.0
     gains: bool = False
     mup: bool = False
     base_width: int = 64
@@ -79,6 +83,9 @@ class LanguageModel(nn.Module, ABC):
     arch: ClassVar[str]
     """Key in configs; FSDP2 renames the class, so this is what a checkpoint knows it by."""
 
+    rational_cap: ClassVar[bool] = False
+    """Whether the softcap c makes c z / sqrt(z^2 + c^2) of logits z, and not c tanh(z / c)."""
+
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.shape = shape
@@ -97,6 +104,11 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def head_weight(self) -> Tensor:
         """The weight (vocab, d) that `project` multiplies by."""
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The bias (vocab,) that `project` adds, where there is one."""
+        return None
 
     @abstractmethod
     def roles(self) -> list[ParamInfo]:
@@ -126,6 +138,8 @@ class LanguageModel(nn.Module, ABC):
         """Logits (batch, time, vocab) in fp32, softcapped when asked."""
         logits = self.project(x).float() * self.shape.shrink
         cap = self.shape.softcap
+        if cap and self.rational_cap:
+            return cap * logits * (logits.square() + cap**2).rsqrt()
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -135,7 +149,14 @@ class LanguageModel(nn.Module, ABC):
             return F.cross_entropy(self.unembed(x).flatten(0, 1), targets.flatten())
         shape = self.shape
         return linear_cross_entropy(
-            x, weight, targets, shape.shrink, shape.softcap, self.loss_chunks
+            x,
+            weight,
+            targets,
+            shape.shrink,
+            shape.softcap,
+            self.loss_chunks,
+            self.head_bias,
+            self.rational_cap,
         )
 
     @cached_property
@@ -203,3 +224,18 @@ def normal(info: ParamInfo, std: float, generator: Generator) -> Tensor:
     """Gaussian of the parameter's shape."""
     draw = torch.randn(info.shape, generator=generator, device=generator.device)
     return draw.mul_(std)
+
+
+def refuse_options_of_gpt(arch: str, shape: ModelShape) -> None:
+    """Refuse what only `gpt` reads, for the other architectures.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if shape.tied:
+        raise UsageError(f"model.tied=true: {arch} is tied or untied as it is; choose model=gpt")
+    if shape.activation_scale != 1.0:
+        raise UsageError(
+            f"model.activation_scale={shape.activation_scale}: {arch} has no such factor; choose "
+            "model=gpt"
+        )

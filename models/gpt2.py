@@ -8,7 +8,13 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.errors import UsageError
-from geon.models.base import LanguageModel, ModelShape, declare, normal
+from geon.models.base import (
+    LanguageModel,
+    ModelShape,
+    declare,
+    normal,
+    refuse_options_of_gpt,
+)
 from geon.models.layers import LayerNorm, Projections, attend, block_plan, head_axes, lowered
 from geon.optim.roles import ParamInfo, Role
 
@@ -21,6 +27,7 @@ class Block(nn.Module):
         d = shape.d_model
         if shape.gains:
             raise UsageError("model.gains=true: gpt2 has gains of its own; choose model=gpt")
+        refuse_options_of_gpt("gpt2", shape)
         self.head_dim = shape.head_dim
         self.norm1 = LayerNorm(d)
         self.proj_in = Projections(d, shape.fused_qkv, bias=True)

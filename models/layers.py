@@ -14,14 +14,15 @@ def lowered(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension without gains, eps 1e-6, in the dtype of x.
+def rms_norm(x: Tensor, gains: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """RMSNorm over the last dimension, with gains or without, in the dtype of x.
 
     The sums are in fp32 all the same. Autocast would return fp32, and keep it for the backward
     pass: twice the memory of the residual stream.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+        weight = None if gains is None else gains.to(x.dtype)
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -36,24 +37,26 @@ class LayerNorm(nn.LayerNorm):
 
 class _ReluSquared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         r = x.relu()
         ctx.save_for_backward(r)
-        return r * r
+        ctx.scale = scale
+        squared = r * r
+        return squared if scale == 1.0 else squared.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (r,) = ctx.saved_tensors
-        return (grad * r).mul_(2.0)
+        return (grad * r).mul_(2.0 * ctx.scale), None
 
 
-def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2 (So et al., arXiv 2109.08668), keeping one tensor for the backward pass.
+def relu_squared(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Scale * max(x, 0)^2 (So et al., arXiv 2109.08668), keeping one tensor for the backward pass.
 
     Autograd's own composition reads memory five times more in the backward pass; on a CPU that is
     a tenth of a small model's step.
     """
-    return _ReluSquared.apply(x)
+    return _ReluSquared.apply(x, scale)
 
 
 @torch.compiler.assume_constant_result
@@ -164,20 +167,23 @@ def composes(device: str, dtype: torch.dtype, time: int) -> bool:
     return device == "cpu" and dtype is torch.bfloat16 and time <= _COMPOSED
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of (B, T, H, K) by PyTorch's SDPA; returns (B, T, H K)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention of (B, T, H, K) by PyTorch's SDPA; returns (B, T, H K).
+
+    scale: factor on products of queries and keys; None takes 1/sqrt(K).
+    """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if composes(q.device.type, q.dtype, q.shape[2]):
-        return _composed(q, k, v).transpose(1, 2).flatten(2)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return _composed(q, k, v, scale).transpose(1, 2).flatten(2)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return mixed.transpose(1, 2).flatten(2)
 
 
-def _composed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _composed(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Causal attention of (B, H, T, K) by two products and a softmax; keeps B H T^2 numbers."""
     batch, _, time, width = q.shape
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     later = torch.full((time, time), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     with torch.autocast("cpu", enabled=False):
-        odds = torch.baddbmm(later, q, k.mT, alpha=width**-0.5).softmax(-1)
+        odds = torch.baddbmm(later, q, k.mT, alpha=scale or width**-0.5).softmax(-1)
         return torch.bmm(odds, v).unflatten(0, (batch, -1))

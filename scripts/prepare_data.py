@@ -5,6 +5,7 @@ import sys
 
 from geon.errors import UsageError
 from geon.scripts.prepare_fineweb import add_fineweb
+from geon.scripts.prepare_pysources import add_pysources
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -12,6 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     add_fineweb(subparsers)
+    add_pysources(subparsers)
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))

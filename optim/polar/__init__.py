@@ -1,6 +1,13 @@
 """Polar factors: the orthogonal part U V^T of G = U S V^T."""
 
-from geon.optim.polar.coefficients import CUBIC, KELLER, POLAR_EXPRESS, TABLES, Coefficients
+from geon.optim.polar.coefficients import (
+    CUBIC,
+    KELLER,
+    POLAR_EXPRESS,
+    QUINTIC,
+    TABLES,
+    Coefficients,
+)
 from geon.optim.polar.exact import polar_svd
 from geon.optim.polar.gram import inverse_sqrt
 from geon.optim.polar.interval import bounds, steps_for
@@ -11,6 +18,7 @@ __all__ = [
     "CUBIC",
     "KELLER",
     "POLAR_EXPRESS",
+    "QUINTIC",
     "TABLES",
     "Coefficients",
     "Polar",

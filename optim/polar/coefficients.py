@@ -52,6 +52,13 @@ KELLER = Coefficients(
     triples=((3.4445, -4.7750, 2.0315),),
 )
 
+QUINTIC = Coefficients(
+    name="quintic",
+    source="K. Jordan's track 3 of the NanoGPT speedrun (2026): converges on (0, 1], grows small "
+    "values by 2 a step; 12 steps bring those above 1e-3 to 1",
+    triples=((2.0, -1.5, 0.5),),
+)
+
 POLAR_EXPRESS = Coefficients(
     name="polar_express",
     source="Amsel et al., arXiv 2505.16932: minimax for singular values in [1e-3, 1] "
@@ -70,4 +77,4 @@ POLAR_EXPRESS = Coefficients(
     safety=1.01,
 )
 
-TABLES = {table.name: table for table in (KELLER, POLAR_EXPRESS, CUBIC)}
+TABLES = {table.name: table for table in (KELLER, POLAR_EXPRESS, CUBIC, QUINTIC)}

@@ -24,10 +24,10 @@ from geon.optim import Rule
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs"
-OPTIONS = [
-    (file.parent.relative_to(FOLDER).as_posix(), file.stem)
-    for file in sorted(FOLDER.rglob("*.yaml"))
-    if file.parent != FOLDER
+FILES = [f.relative_to(FOLDER).with_suffix("") for f in sorted(FOLDER.rglob("*/*.yaml"))]
+OPTIONS = [  # experiment=folder/name, but model/size=name
+    (f.parts[0], "/".join(f.parts[1:])) if f.parts[0] == "experiment" else (str(f.parent), f.name)
+    for f in FILES
 ]
 
 

@@ -1,0 +1,181 @@
+"""The fixed architecture of track 3 of the NanoGPT speedrun (modded-nanogpt, 2026)."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from geon.errors import UsageError
+from geon.models.base import LanguageModel, ModelShape, declare, normal, refuse_options_of_gpt
+from geon.models.layers import (
+    Projections,
+    attend,
+    block_plan,
+    head_axes,
+    lowered,
+    relu_squared,
+    rms_norm,
+    rotate,
+)
+from geon.optim.roles import ParamInfo, Role
+
+ATTENTION_SCALE = 0.12
+ROPE_BASE = 1024.0
+EPS = 2.0**-23
+"""What torch's RMSNorm takes when none is given: its sums are in fp32 for bf16 too."""
+VARIANCE = 0.33
+"""Variance of a drawn matrix times d_in."""
+
+
+@torch.compiler.assume_constant_result
+def truncated_table(time: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, K/2) in fp32, of which the second half of the pairs does not turn.
+
+    Frequencies of the first half fall evenly in their logarithm from 1 to 1 / ROPE_BASE.
+    """
+    real = type(torch.empty(0, device=device)) is Tensor  # a fake one is of its mode alone
+    return (_kept_table if real else _truncated_table)(time, head_dim, device)
+
+
+def _truncated_table(time: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    turning = torch.linspace(0, 1, head_dim // 4, device=device)
+    frequency = torch.zeros(head_dim // 2, device=device)
+    frequency[: head_dim // 4] = (1 / ROPE_BASE) ** turning
+    angle = torch.arange(time, device=device).float()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+_kept_table = lru_cache(maxsize=16)(_truncated_table)
+
+
+class GainNorm(nn.Module):
+    """RMSNorm with gains, in the dtype of its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gains = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return rms_norm(x, self.gains, EPS)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm, each added to the residual stream."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        d = shape.d_model
+        self.head_dim = shape.head_dim
+        self.norm1 = GainNorm(d)
+        self.proj_in = Projections(d, shape.fused_qkv, bias=True)
+        self.proj_out = nn.Linear(d, d)
+        self.norm2 = GainNorm(d)
+        self.up = nn.Linear(d, shape.mlp_ratio * d)
+        self.down = nn.Linear(shape.mlp_ratio * d, d)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj_in(self.norm1(x)))
+        # Turned in fp32: under autocast the angles of late positions would lose their digits.
+        q, k = (rotate(rms_norm(t, eps=EPS).float(), cos, sin).to(t.dtype) for t in (q, k))
+        x = x + self.proj_out(attend(q, k, v, ATTENTION_SCALE))
+        return x + self.down(relu_squared(self.up(self.norm2(x))))
+
+
+class GPTTrack3(LanguageModel):
+    """Decoder with biases on every Linear, gains on every norm, and an untied head.
+
+    Source: records/track_3_optimization of github.com/KellerJordan/modded-nanogpt, whose rules fix
+    it; written from its description. The track's size is model/size=track3.
+    """
+
+    arch = "gpt_track3"
+    rational_cap = True
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape)
+        if shape.gains:
+            raise UsageError("model.gains=true: gpt_track3 has gains of its own; choose model=gpt")
+        refuse_options_of_gpt("gpt_track3", shape)
+        if shape.head_dim % 4:
+            raise UsageError(
+                f"model.d_model / model.n_head = {shape.head_dim}: gpt_track3 turns half of the "
+                "pairs of a head, so it must divide by 4"
+            )
+        self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
+        self.norm_embed = GainNorm(shape.d_model)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.norm = GainNorm(shape.d_model)
+        self.head = nn.Linear(shape.d_model, shape.vocab_size)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), normalised."""
+        x = self.norm_embed(lowered(self.embed(tokens)))
+        cos, sin = truncated_table(tokens.shape[1], self.shape.head_dim, tokens.device)
+        for block in self.blocks:
+            x = self.run_block(block, x, cos, sin)
+        return self.norm(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, vocab)."""
+        return self.head(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the head (vocab, D)."""
+        return self.head.weight
+
+    @property
+    def head_bias(self) -> Tensor:
+        """Bias of the head (vocab,)."""
+        return self.head.bias
+
+    def roles(self) -> list[ParamInfo]:
+        """Embedding, head, gains, biases, and everything else a hidden matrix."""
+        d = self.shape.d_model
+        return declare(
+            self,
+            {
+                "embed.weight": Role.EMBEDDING,
+                "head.weight": Role.HEAD,
+                "weight": Role.HIDDEN,
+                "gains": Role.GAIN,
+                "bias": Role.BIAS,
+            },
+            {"qkv.weight": (d, d, d)},
+            head_axes(self.shape.n_head),
+        )
+
+    def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
+        """Embedding N(0, 1); matrices of variance 0.33 / d_in; gains 1, biases 0.
+
+        Under muP the head's variance is that of the base width.
+        """
+        if info.role in (Role.GAIN, Role.BIAS):
+            return torch.full(
+                info.shape, 1.0 if info.role is Role.GAIN else 0.0, device=generator.device
+            )
+        ends = info.name.endswith(("proj_out.weight", "down.weight", "head.weight"))
+        if self.shape.zero_init_proj and ends:
+            return torch.zeros(info.shape, device=generator.device)
+        fan = info.shape[-1] * (self.shape.shrink if info.role is Role.HEAD else 1.0)
+        std = 1.0 if info.role is Role.EMBEDDING else math.sqrt(VARIANCE / fan)
+        return normal(info, std, generator)
+
+    def shard_units(self) -> list[nn.Module]:
+        """The blocks; embedding and head stay with the root."""
+        return list(self.blocks)
+
+    def tp_plan(self) -> dict[str, Any]:
+        """Heads and MLP neurons are split; embedding and head by tokens, logits gathered."""
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+        return {
+            "embed": RowwiseParallel(input_layouts=Replicate()),
+            **block_plan(),
+            "head": ColwiseParallel(output_layouts=Replicate()),
+        }
