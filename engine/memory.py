@@ -176,10 +176,12 @@ def predict(
     root, unit = _units(model, tensor)
     gathered = (root + 2 * unit) * size if sharded else 0  # the one in use, and its neighbour
     composed = composes(kind, torch.bfloat16 if case.half else torch.float32, context)
-    block = block_bytes(model, tokens, size, case.wide, tensor, composed)
+    # Norms with gains keep, where they are not fused, their output before the gains.
+    gained = 2 * tokens * model.shape.d_model * FP32 * (eager_cpu and model.arch == "gpt_track3")
+    block = gained + block_bytes(model, tokens, size, case.wide, tensor, composed)
     layers = model.shape.n_layer
     blocks = layers * (tokens * model.shape.d_model * size if case.checkpointed else block)
-    outer = outer_bytes(model, tokens, size, case.wide)
+    outer = gained + outer_bytes(model, tokens, size, case.wide)
     copies = copied_bytes(model, size, case.compiled, case.checkpointed) * case.alone // tensor
     again = block if case.checkpointed else 0
     work, found, head = _backward(case, tokens)
@@ -322,7 +324,8 @@ def block_bytes(
     kept += 2 * FP32 * (2 if model.arch == "gpt2" else 1)
     if model.arch != "gpt2":  # q and k go through norms of their own
         kept += 2 * own * wide + 2 * FP32 * heads
-        if s.fused_qkv and not composed:  # v keeps the fused product alive
+        # v keeps the fused product alive, and those norms' inputs where they are parts of it
+        if s.fused_qkv and not composed and (model.arch == "gpt" or wide > size):
             kept += 2 * own * size
     return tokens * kept
 

@@ -1,6 +1,7 @@
 """The fixed architecture of track 3 of the NanoGPT speedrun (modded-nanogpt, 2026)."""
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -179,3 +180,46 @@ class GPTTrack3(LanguageModel):
             **block_plan(),
             "head": ColwiseParallel(output_layouts=Replicate()),
         }
+
+
+def load_track_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights by the names of the track's trainer into a model that is whole on this rank.
+
+    Raises:
+        UsageError: another model, weights that are missing or too many, another shape.
+    """
+    if not isinstance(model, GPTTrack3) or model.shape.fused_qkv:
+        raise UsageError(
+            "the track's weights fit model=gpt_track3 with model.fused_qkv=false and no other"
+        )
+    params = dict(model.named_parameters())
+    names = {name: track_name(name) for name in params}
+    if lost := sorted(set(names.values()) ^ set(weights)):
+        raise UsageError(f"weights of the track's trainer and of the model: {lost[0]} is in one")
+    with torch.no_grad():
+        for name, param in params.items():
+            given = weights[names[name]]
+            if hasattr(param, "placements"):
+                raise UsageError("weights of the track's trainer are read with parallel=single")
+            if given.shape != param.shape:
+                raise UsageError(
+                    f"{names[name]} of the track's trainer is {tuple(given.shape)}, the model's "
+                    f"{name} is {tuple(param.shape)}: set model/size=track3"
+                )
+            param.copy_(given)
+
+
+_TRACK_NAMES = {
+    "proj_in": "attn",
+    "proj_out": "attn.proj",
+    "up": "mlp.fc",
+    "down": "mlp.proj",
+    "norm_embed": "norm1",
+    "norm": "norm2",
+    "head": "proj",
+}
+
+
+def track_name(name: str) -> str:
+    """Name of a parameter in the track's trainer, e.g. blocks.0.mlp.fc.bias of blocks.0.up.bias."""
+    return ".".join(_TRACK_NAMES.get(part, part) for part in name.split("."))

@@ -92,6 +92,12 @@ def build(
         raise UsageError(explain(unsure, [info.name for info in infos]))
     _add_rules(config, rules, infos)
     routing = route_by(infos, config)
+    for name, rule in routing.configs.items():
+        if rule.cooldown:
+            raise UsageError(
+                f"{name}.cooldown={rule.cooldown}: only runs of train.py have a schedule; here "
+                "your own scheduler sets the rates, so leave it out"
+            )
     groups = routing.groups(dict(model.named_parameters()))
     loaded = _loaded_from(model)
     if project or (project is None and not loaded):

@@ -80,6 +80,8 @@ def test_what_autograd_saves_is_what_was_predicted(arch, precision, again, more)
         ["model=gpt", "optim=manifold_muon", "data.micro_batch=1", "model.gains=true"],
         ["model=gpt2", "optim=muon", "parallel.activation_checkpointing=true"],
         ["model=gpt", "optim=muon", "model.softcap=15", "parallel.loss_chunks=8"],
+        ["model=gpt_track3", "optim=muon", "parallel.precision=bf16"],
+        ["model=gpt", "model.tied=true", "optim=scion", "data.micro_batch=1"],
         ["optim=muonh", *STEPS],
         ["optim=spectral_sphere", *STEPS],
         ["optim=hyperspherical", *STEPS],

@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from geon.models import GPT, GPT2, IGNORED, ModelShape, loss
+from geon.models import GPT, GPT2, IGNORED, GPTTrack3, ModelShape, loss
 from geon.models.layers import rotary_table
 from geon.models.loss import linear_cross_entropy
 
@@ -53,6 +53,26 @@ def test_loss_and_gradients_are_those_of_the_logits(monkeypatch, block, scale, s
     with torch.no_grad():
         alone = linear_cross_entropy(x, weight, targets, scale, softcap, chunks)
     assert alone == ours and not alone.requires_grad
+
+
+@pytest.mark.parametrize(("scale", "chunks"), [(1.0, 1), (0.5, 4)])
+@pytest.mark.parametrize("block", [2**18, 2 * VOCAB])
+def test_a_bias_and_the_rational_softcap_have_their_exact_gradients(
+    monkeypatch, block, scale, chunks
+):
+    """Beside torch's autograd of the formula; logits reach far beyond the cap of 3."""
+    monkeypatch.setattr(loss, "_CPU_BLOCK", block)
+    x, weight, targets = operands()
+    bias = torch.linspace(-9, 9, VOCAB, dtype=torch.float64, requires_grad=True)
+    ours = linear_cross_entropy(x, weight, targets, scale, 3.0, chunks, bias, True)
+    z = scale * (x @ weight.mT + bias)
+    theirs = F.cross_entropy(3 * z / (z**2 + 9).sqrt(), targets)
+    torch.testing.assert_close(ours, theirs)
+    inputs = (x, weight, bias)
+    for mine, other in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
 
 
 @CASES
@@ -107,7 +127,7 @@ def gpt(arch, **options):
     return model, torch.randint(0, 500, (2, 32), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("arch", [GPT, GPT2])
+@pytest.mark.parametrize("arch", [GPT, GPT2, GPTTrack3])
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 def test_a_model_s_loss_is_that_of_its_logits(arch, softcap):
     """The tied weight of gpt2 too, which gets gradients from both of its uses."""

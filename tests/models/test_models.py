@@ -119,6 +119,8 @@ def test_relu_squared_has_the_gradient_that_autograd_finds():
 
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(relu_squared, (x,))
+    assert torch.autograd.gradcheck(relu_squared, (x, 2.0))
+    torch.testing.assert_close(relu_squared(x, 2.0), (2**0.5 * x.relu()) ** 2)
     torch.testing.assert_close(relu_squared(x), x.relu() ** 2)
 
 
@@ -299,6 +301,27 @@ def test_gains_multiply_rows_and_columns_and_change_nothing_at_first():
             if f"{at}rows" in params:
                 weight.copy_(params[f"{at}rows"].diag() @ shared[name] @ params[f"{at}cols"].diag())
     assert torch.allclose(plain(x), model(x), atol=1e-5)
+
+
+def test_a_tied_gpt_reads_and_predicts_by_one_weight_without_a_norm_between():
+    """By the formula, with branches that are zero: head of the normalised embedding."""
+    model = make("gpt", tied=True, zero_init_proj=True, activation_scale=2.0)
+    names = [name for name, _ in model.named_parameters()]
+    assert "head.weight" not in names and "embed" not in model.tp_plan()
+    weight = model.get_parameter("embed.weight")
+    assert 0.9 < weight.std() * (3 * 64) ** 0.5 < 1.1
+    x = weight[tokens()]
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() @ weight.mT
+    torch.testing.assert_close(model(tokens()), expected)
+    (info,) = (i for i in model.infos if i.name == "embed.weight")
+    assert info.role is Role.TIED
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gpt_track3"])
+@pytest.mark.parametrize("option", [{"tied": True}, {"activation_scale": 2.0}, {"gains": True}])
+def test_options_of_gpt_are_refused_by_the_others(arch, option):
+    with pytest.raises(UsageError, match=f"model.{next(iter(option))}"):
+        make(arch, **option)
 
 
 def gen(seed):
