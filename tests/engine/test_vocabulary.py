@@ -10,7 +10,7 @@ from geon.engine.main import execute
 from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.env import Env
-from tests.distributed.jobs import SMALLEST
+from tests.launch.jobs import SMALLEST
 
 ROWS = [f"{i % 7} of {i % 5} ties, {i % 3} and {i % 2}.\n" for i in range(400)]
 
