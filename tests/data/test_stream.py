@@ -130,7 +130,13 @@ def test_any_codec_gives_its_own_ids_and_its_own_separator(folder, monkeypatch):
     codec = train_bpe("\n".join(TEXTS), 300)
     of = replace(recipe(folder, shuffle=False), codec=codec.serialise())
     for eot in (None, 7):
-        monkeypatch.setattr(type(codec), "eot", eot)
+
+        def loaded(text, eot=eot):
+            made = load_codec(text)
+            made.eot = eot
+            return made
+
+        monkeypatch.setattr("geon.data.stream.load_codec", loaded)
         before = [] if eot is None else [eot]
         ids = [i for text in TEXTS for i in [*before, *codec.encode(text).tolist()]]
         found = opened(of).windows((len(ids) - 1) // CONTEXT)
