@@ -283,7 +283,8 @@ def _check_filled(writers: dict[str, SplitWriter], job: Job) -> None:
             raise UsageError(
                 f"none of {documents} documents of {job.source} fell to "
                 f"{'training' if name == 'train' else 'validation'} with --val-percent "
-                f"{job.val_percent}: give more documents, or another percentage"
+                f"{job.val_percent}: give more documents, or another percentage, such as "
+                f"--val-percent {'10' if name == 'val' else '1'} --resume never"
             )
 
 
