@@ -1,0 +1,426 @@
+"""Text to shards: documents are read in order, encoded by processes, and written in order."""
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from geon.data.codec import Codec, load_codec
+from geon.data.documents import UNDECODABLE, Document, Part
+from geon.data.meta import META, SPLITS, Meta, TokenizerMeta, write_meta
+from geon.data.stream import held_out
+from geon.data.tokenizers import FILE, open_codec
+from geon.data.writer import Journal, SplitWriter, clear, read_journal
+from geon.errors import UsageError
+
+BATCH = 1 << 20
+"""Characters that a process encodes at a time, at least."""
+LEARN = 1 << 26
+"""Characters of the training text that a tokenizer is trained on, about."""
+_BLOCK = 1 << 14
+"""Where all text is one file, it is cut in blocks of about so many characters at most."""
+_EVERY = 3.0
+"""Seconds between two notes of the journal."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made of what; the shards depend on this alone.
+
+    Attributes:
+        parts: of the sources, in order.
+        source: their names, for people.
+        tokenizer: a name for `open_codec`, or train:SIZE.
+        val_percent: share of the documents, by the hash of their text.
+        shard_tokens: tokens of each shard but the last.
+        dtype: uint16, uint32, or '' for the smaller that holds the ids.
+        skip_undecodable: leave out what is not UTF-8.
+    """
+
+    parts: Sequence[Part]
+    source: str
+    tokenizer: str
+    val_percent: float
+    shard_tokens: int
+    dtype: str = ""
+    skip_undecodable: bool = False
+
+    @property
+    def held(self) -> int:
+        """Of 10,000 documents, those that validate."""
+        return max(1, round(100 * self.val_percent))
+
+    @property
+    def lone(self) -> bool:
+        """Whether all text is one text file: blocks of it validate, evenly over the file."""
+        kinds, paths = {part.kind for part in self.parts}, {part.path for part in self.parts}
+        return kinds == {"text"} and len(paths) == 1
+
+    @property
+    def block(self) -> int:
+        """Characters of those blocks: at least four of them validate, but in tiny files."""
+        size = sum(part.size for part in self.parts)
+        return min(_BLOCK, max(64, size * self.held // 40_000))
+
+
+class Piece(NamedTuple):
+    """Text for one split. begins: a document, and not the rest of one."""
+
+    text: str
+    val: bool
+    begins: bool
+
+
+@dataclass
+class Place:
+    """Where the reading goes on.
+
+    Attributes:
+        part, documents: the part, and how many of its documents lie behind.
+        val: split of the document before.
+        skipped, skipped_before: left out of this part, and of those before.
+        read: characters that lie behind.
+    """
+
+    part: int = 0
+    documents: int = 0
+    val: bool | None = None
+    skipped: int = 0
+    skipped_before: int = 0
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was made. cpu: seconds of encoding, over all processes, of `encoded` bytes."""
+
+    meta: Meta
+    skipped: int
+    encoded: int
+    cpu: float
+    already: bool = False
+
+
+def tokenize(
+    job: Job,
+    folder: Path,
+    workers: int,
+    resume: bool = True,
+    told: Callable[[int], None] = lambda done: None,
+    said: Callable[[str], None] = lambda line: None,
+) -> Done:
+    """Make shards and their meta.json in a folder, or go on with what an earlier call left.
+
+    workers: processes that encode; 1 encodes in this one. The shards do not depend on it.
+    resume: go on with what is there; else it is removed.
+    told: hears how many characters of text have been read. said: hears lines for people.
+
+    Raises:
+        UsageError: bad sources, a tokenizer that cannot be had, a folder of something else.
+        OSError: the disk is full, or as the system says.
+    """
+    key = _key(job)
+    journal = _begun(folder, key, resume)
+    codec, file = _codec(job, folder, journal is not None, said)
+    key["fingerprint"], dtype = codec.fingerprint, _dtype(job.dtype, codec)
+    if journal is None:
+        journal = Journal(key, asdict(Place()), {})
+    elif journal.key != key:
+        raise UsageError(_other(folder, journal.key, key))
+    elif not journal.done and journal.place["read"]:
+        said(f"going on after {journal.place['read'] / 1e6:.1f} MB that are done")
+    done, cpu, encoded = journal.done, 0.0, 0
+    writers = {
+        name: SplitWriter(folder, name, dtype, job.shard_tokens, journal.splits.get(name, {}))
+        for name in SPLITS
+    }
+    place = Place(**journal.place)
+    try:
+        if not done:
+            last = time.monotonic()
+            for found, there in _encoded(job, place, codec, workers):
+                place = there
+                for name, (ids, documents, size) in found.splits.items():
+                    writers[name].add(ids)
+                    writers[name].documents += documents
+                    writers[name].bytes += size
+                    encoded += size
+                cpu += found.cpu
+                told(place.read)
+                if time.monotonic() - last > _EVERY:
+                    _note(journal, folder, writers, place)
+                    last = time.monotonic()
+            _check_filled(writers, job)
+            _note(journal, folder, writers, place)
+            for writer in writers.values():
+                writer.finish()
+        meta = Meta(
+            dtype,
+            codec.vocab_size,
+            codec.eot,
+            job.source,
+            TokenizerMeta(codec.name, codec.fingerprint, file),
+            {name: writer.meta() for name, writer in writers.items()},
+        )
+        if not done:
+            write_meta(folder, meta)
+            journal.done = True
+            _note(journal, folder, writers, place)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return Done(meta, place.skipped_before + place.skipped, encoded, cpu, already=done)
+
+
+def _note(journal: Journal, folder: Path, writers: dict[str, SplitWriter], place: Place) -> None:
+    for writer in writers.values():
+        writer.sync()
+    journal.place = asdict(place)
+    journal.splits = {name: writer.state() for name, writer in writers.items()}
+    journal.write(folder)
+
+
+def _begun(folder: Path, key: dict[str, Any], resume: bool) -> Journal | None:
+    journal = read_journal(folder) if resume else None
+    if not resume:
+        clear(folder)
+    elif journal is None and (folder / META).exists():
+        raise UsageError(f"'{folder}' holds other shards, with a {META}: choose another --out")
+    elif journal is not None and (changed := _changed(journal.key, key)):
+        raise UsageError(_other(folder, journal.key, key, changed))
+    return journal
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [word for word in new if old.get(word) != new[word]]
+
+
+def _other(folder: Path, old: dict[str, Any], new: dict[str, Any], words: Any = None) -> str:
+    words = words or _changed(old, new)
+    told = ", ".join(f"{w} was {old.get(w)!r} and is {new[w]!r}" for w in words)
+    return (
+        f"'{folder}' holds what another command began ({told[:400]}): give that one again, "
+        "choose another --out, or remove it by --resume never"
+    )
+
+
+def _key(job: Job) -> dict[str, Any]:
+    """All that the shards depend on."""
+    digest = hashlib.sha256()
+    for part in job.parts:
+        path = Path(part.path)
+        changed = path.stat().st_mtime_ns if path.is_file() else 0
+        digest.update(f"{part} {changed}\n".encode(errors="surrogateescape"))
+    return {
+        "source": job.source,
+        "files": digest.hexdigest()[:16],
+        "tokenizer": job.tokenizer,
+        "val_percent": job.val_percent,
+        "shard_tokens": job.shard_tokens,
+        "dtype": job.dtype,
+        "skip_undecodable": job.skip_undecodable,
+    }
+
+
+def _codec(
+    job: Job, folder: Path, begun: bool, said: Callable[[str], None]
+) -> tuple[Codec, str | None]:
+    """The tokenizer, kept beside the shards; one that is trained is trained once."""
+    path = folder / FILE
+    if job.tokenizer.startswith("train:"):
+        if not (begun and path.is_file()):
+            said(f"training a tokenizer of {job.tokenizer[6:]} ids")
+            _write(path, _learn(job, int(job.tokenizer[6:])).serialise())
+        codec = open_codec(str(path))
+    else:
+        codec = open_codec(job.tokenizer)
+        if codec.serialise() == "bytes":
+            return codec, None
+        if not (path.is_file() and path.read_text("utf-8") == codec.serialise()):
+            _write(path, codec.serialise())
+    codec.name = job.tokenizer
+    return codec, FILE
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8", newline="")
+    aside.replace(path)
+
+
+def _learn(job: Job, size: int) -> Codec:
+    """Train a BPE on the training documents: on so much of each part as is its share."""
+    try:
+        from geon.data.bpe import END_OF_TEXT, train_on
+    except ImportError:
+        raise UsageError(
+            "--tokenizer train:SIZE needs the 'tokenizers' package: pip install -e '.[data]'"
+        ) from None
+
+    def texts() -> Iterator[str]:
+        total = sum(part.size for part in job.parts)
+        for part in job.parts:
+            left = max(1 << 16, LEARN * part.size // total if total else LEARN)
+            for piece, _ in _pieces(replace(job, parts=[part]), Place()):
+                if not piece.val:
+                    yield piece.text
+                    left -= len(piece.text)
+                if left <= 0:
+                    break
+
+    return train_on(texts(), size, [END_OF_TEXT])
+
+
+def _dtype(wanted: str, codec: Codec) -> str:
+    least = "uint16" if codec.vocab_size <= 1 << 16 else "uint32"
+    if wanted == "uint16" and least != wanted:
+        raise UsageError(
+            f"--dtype uint16 holds 65,536 ids, the tokenizer has {codec.vocab_size}: take uint32"
+        )
+    return wanted or least
+
+
+def _check_filled(writers: dict[str, SplitWriter], job: Job) -> None:
+    for name, writer in writers.items():
+        if not writer.bytes:
+            documents = sum(one.documents for one in writers.values())
+            raise UsageError(
+                f"none of {documents} documents of {job.source} fell to "
+                f"{'training' if name == 'train' else 'validation'} with --val-percent "
+                f"{job.val_percent}: give more documents, or another percentage"
+            )
+
+
+def _pieces(job: Job, place: Place) -> Iterator[tuple[Piece, Place]]:
+    """Text with its split, each with the place behind it."""
+    for number in range(place.part, len(job.parts)):
+        counts: Counter[str] = Counter()
+        documents = job.parts[number].documents(job.skip_undecodable, counts)
+        if job.lone:
+            documents = _blocks(documents, job.block)
+        behind = place.documents
+        for at, one in enumerate(documents, start=1):
+            if at <= behind:
+                continue
+            goes_on = one.follows and place.val is not None
+            val = place.val if goes_on else held_out(one.text, job.held)
+            if job.lone:  # evenly
+                val = at * job.held // 10_000 > (at - 1) * job.held // 10_000
+            assert val is not None
+            piece = Piece(one.text, val, not (goes_on and val is place.val))
+            skipped = counts[UNDECODABLE]
+            read = place.read + len(one.text)
+            place = replace(place, part=number, documents=at, val=val, skipped=skipped, read=read)
+            yield piece, place
+        before = place.skipped_before + counts[UNDECODABLE]
+        place = Place(number + 1, 0, place.val, 0, before, place.read)
+
+
+def _blocks(documents: Iterator[Document], size: int) -> Iterator[Document]:
+    """Cut documents behind line ends, into blocks of `size` characters or a line more."""
+    for one in documents:
+        start, follows = 0, one.follows
+        while start < len(one.text):
+            end = one.text.find("\n", start + size) + 1 or len(one.text)
+            yield Document(one.text[start:end], one.where, follows)
+            start, follows = end, True
+
+
+class _Encoded(NamedTuple):
+    """Of each split: ids, documents that begin, and bytes; and the seconds it took."""
+
+    splits: dict[str, tuple[np.ndarray, int, int]]
+    cpu: float
+
+
+def _batches(job: Job, place: Place) -> Iterator[tuple[list[Piece], Place]]:
+    batch: list[Piece] = []
+    size = 0
+    behind = place
+    for piece, behind in _pieces(job, place):
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH or len(batch) >= 1 << 14:
+            yield batch, behind
+            batch, size = [], 0
+    yield batch, behind
+
+
+def _encoded(
+    job: Job, place: Place, codec: Codec, workers: int
+) -> Iterator[tuple[_Encoded, Place]]:
+    """Encode batches by processes, in their order."""
+    if workers == 1:
+        for batch, there in _batches(job, place):
+            yield _encode(batch, codec), there
+        return
+    waiting: deque[tuple[Future[_Encoded], Place]] = deque()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (codec.serialise(),))
+    try:
+        for batch, there in _batches(job, place):
+            waiting.append((pool.submit(_work, batch), there))
+            if len(waiting) > 2 * workers:
+                found, there = waiting.popleft()
+                yield found.result(), there
+        while waiting:
+            found, there = waiting.popleft()
+            yield found.result(), there
+    except BrokenProcessPool:
+        raise UsageError(
+            "a process that encodes has ended: was it killed for memory? What is done is kept; run "
+            "the same command again, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode(batch: Sequence[Piece], codec: Codec) -> _Encoded:
+    start = time.process_time()
+    kind = np.uint16 if codec.vocab_size <= 1 << 16 else np.uint32
+    begin = np.array([] if codec.eot is None else [codec.eot], kind)
+    found = {}
+    for name in SPLITS:
+        ids, documents, size = [np.empty(0, kind)], 0, 0
+        for piece in batch:
+            if piece.val is (name == "val"):
+                if piece.begins:
+                    ids.append(begin)
+                    documents += 1
+                ids.append(codec.encode(piece.text).astype(kind))
+                size += len(piece.text.encode())
+        found[name] = np.concatenate(ids), documents, size
+    return _Encoded(found, time.process_time() - start)
+
+
+_codec_here: Codec | None = None
+
+
+def _begin(serialised: str) -> None:
+    """Begin a process that encodes: it ends with the one that writes, and by nothing else."""
+    global _codec_here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _codec_here = load_codec(serialised)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _work(batch: Sequence[Piece]) -> _Encoded:
+    assert _codec_here is not None
+    return _encode(batch, _codec_here)
