@@ -46,6 +46,15 @@ def _source(*sources: Source) -> Callable[[Config], bool]:
     return lambda c: c.data.source in sources
 
 
+def _reads(*sources: Source) -> Callable[[Config], bool]:
+    """As `_source`, of any source of a mixture too."""
+    return lambda c: (
+        c.data.source in sources
+        or c.data.source is Source.mix
+        and any(part.source in sources for part in c.data.parts().values())
+    )
+
+
 def _split(config: Config) -> bool:
     data = config.data
     if data.source is Source.mix:
@@ -93,7 +102,11 @@ def _ladder(rule: RuleConfig) -> bool:
 
 WHEN = (
     When("data.path", "data=text", _source(Source.text)),
-    When("data.bpe_vocab", "data=text", _source(Source.text)),
+    When("data.bpe_vocab", "data=text, without data.tokenizer",
+         lambda c: c.data.source is Source.text and not c.data.tokenizer),
+    When("data.skip_undecodable", "data=text", _reads(Source.text)),
+    When("data.tokenizer", "data=text or stream", _reads(Source.text, Source.stream)),
+    When("data.field", "data=text or stream", _reads(Source.text, Source.stream)),
     When("data.dir", "data=bins", _source(Source.bins)),
     When("data.train", "data=bins, without data.dir", _globs),
     When("data.val", "data=bins, without data.dir", _globs),
@@ -101,7 +114,7 @@ WHEN = (
     When("data.tokens", "data=synthetic", _source(Source.synthetic)),
     When("data.val_percent", "a source that is split: not data=bins, no data.val_split", _split),
     *(When(f"data.{word}", "data=stream", _source(Source.stream))
-      for word in ("tokenizer", "field", "dataset", "subset", "revision", "split", "val_split",
+      for word in ("dataset", "subset", "revision", "split", "val_split",
                    "streams", "workers")),
     When("data.buffer", "data=stream, and data.shuffle=true",
          lambda c: c.data.source is Source.stream and c.data.shuffle),

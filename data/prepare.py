@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -373,7 +373,11 @@ def _encoded(
             yield _encode(batch, codec), there
         return
     waiting: deque[tuple[Future[_Encoded], Place]] = deque()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (codec.serialise(),))
+    # A fork of this process would copy its threads' locks; a server of forks imports once for all.
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload([__name__, "geon.data.bpe"])
+    pool = ProcessPoolExecutor(workers, context, _begin, (codec.serialise(),))
     try:
         for batch, there in _batches(job, place):
             waiting.append((pool.submit(_work, batch), there))
