@@ -77,12 +77,12 @@ def test_a_tokenizer_learns_from_training_documents_alone(source, tmp_path, monk
     """Also of a large file, whose later parts go with its first text."""
     monkeypatch.setattr("geon.data.documents.PART", 4000)
     monkeypatch.setattr("geon.data.documents.PIECE", 1000)
-    large = []
-    while len(large) < 3 or {
-        held_out(text[:1000].rpartition("\n")[0] + "\n", 2000) for text in large
-    } != {True, False}:
-        large.append("".join(f"{len(large)} large {i}\n" for i in range(900)))
-        (source / f"large{len(large):02}.txt").write_text(large[-1])
+    splits = set()
+    for i in range(20):
+        text = "".join(f"{i} large {line:03}\n" for line in range(900))
+        (source / f"large{i:02}.txt").write_text(text)
+        splits.add(held_out(text[: text.rfind("\n", 0, 1000) + 1], 2000))
+    assert splits == {True, False}
     seen = []
 
     def learn(texts, size, special):
