@@ -2,23 +2,16 @@
 
 import hashlib
 import math
-import os
-import signal
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from geon.data.codec import Codec, load_codec
+from geon.data.codec import Codec
 from geon.data.documents import UNDECODABLE, Document, Part
+from geon.data.encode import Piece, encoded
 from geon.data.meta import SPLITS, Meta, TokenizerMeta, write_meta
 from geon.data.stream import held_out
 from geon.data.tokenizers import FILE, open_codec
@@ -73,14 +66,6 @@ class Job:
         """Characters of those blocks: at least four of them validate, but in tiny files."""
         size = sum(part.size for part in self.parts)
         return min(_BLOCK, max(64, size * self.held // 40_000))
-
-
-class Piece(NamedTuple):
-    """Text for one split. begins: a document, and not the rest of one."""
-
-    text: str
-    val: bool
-    begins: bool
 
 
 @dataclass
@@ -141,7 +126,7 @@ def tokenize(
     codec.name = job.tokenizer
     if not journal.done and journal.place["read"]:
         said(f"going on after {journal.place['read'] / 1e6:.1f} MB that are done")
-    done, cpu, encoded = journal.done, 0.0, 0
+    done, cpu, size_done = journal.done, 0.0, 0
     writers = {
         name: SplitWriter(folder, name, dtype, job.shard_tokens, journal.splits.get(name, {}))
         for name in SPLITS
@@ -150,13 +135,13 @@ def tokenize(
     try:
         if not done:
             last = time.monotonic()
-            for found, there in _encoded(job, place, codec, workers):
+            for found, there in encoded(_batches(job, place), codec, workers):
                 place = there
                 for name, (ids, documents, size) in found.splits.items():
                     writers[name].add(ids)
                     writers[name].documents += documents
                     writers[name].bytes += size
-                    encoded += size
+                    size_done += size
                 cpu += found.cpu
                 told(place.read)
                 if time.monotonic() - last > _EVERY:
@@ -181,7 +166,7 @@ def tokenize(
     finally:
         for writer in writers.values():
             writer.close()
-    return Done(meta, place.skipped_before + place.skipped, encoded, cpu, already=done)
+    return Done(meta, place.skipped_before + place.skipped, size_done, cpu, already=done)
 
 
 def _note(journal: Journal, folder: Path, writers: dict[str, SplitWriter], place: Place) -> None:
@@ -344,13 +329,6 @@ def _blocks(documents: Iterator[Document], size: int) -> Iterator[Document]:
             start, follows = end, True
 
 
-class _Encoded(NamedTuple):
-    """Of each split: ids, documents that begin, and bytes; and the seconds it took."""
-
-    splits: dict[str, tuple[np.ndarray, int, int]]
-    cpu: float
-
-
 def _batches(job: Job, place: Place) -> Iterator[tuple[list[Piece], Place]]:
     batch: list[Piece] = []
     size = 0
@@ -362,76 +340,3 @@ def _batches(job: Job, place: Place) -> Iterator[tuple[list[Piece], Place]]:
             yield batch, behind
             batch, size = [], 0
     yield batch, behind
-
-
-def _encoded(
-    job: Job, place: Place, codec: Codec, workers: int
-) -> Iterator[tuple[_Encoded, Place]]:
-    """Encode batches by processes, in their order."""
-    if workers == 1:
-        for batch, there in _batches(job, place):
-            yield _encode(batch, codec), there
-        return
-    waiting: deque[tuple[Future[_Encoded], Place]] = deque()
-    # A fork of this process would copy its threads' locks; a server of forks imports once for all.
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([__name__, "geon.data.bpe"])
-    pool = ProcessPoolExecutor(workers, context, _begin, (codec.serialise(),))
-    try:
-        for batch, there in _batches(job, place):
-            waiting.append((pool.submit(_work, batch), there))
-            if len(waiting) > 2 * workers:
-                found, there = waiting.popleft()
-                yield found.result(), there
-        while waiting:
-            found, there = waiting.popleft()
-            yield found.result(), there
-    except BrokenProcessPool:
-        raise UsageError(
-            "a process that encodes has ended: was it killed for memory? What is done is kept; run "
-            "the same command again, with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _encode(batch: Sequence[Piece], codec: Codec) -> _Encoded:
-    start = time.process_time()
-    kind = np.uint16 if codec.vocab_size <= 1 << 16 else np.uint32
-    begin = np.array([] if codec.eot is None else [codec.eot], kind)
-    found = {}
-    for name in SPLITS:
-        ids, documents, size = [np.empty(0, kind)], 0, 0
-        for piece in batch:
-            if piece.val is (name == "val"):
-                if piece.begins:
-                    ids.append(begin)
-                    documents += 1
-                ids.append(codec.encode(piece.text).astype(kind))
-                size += len(piece.text.encode())
-        found[name] = np.concatenate(ids), documents, size
-    return _Encoded(found, time.process_time() - start)
-
-
-_codec_here: Codec | None = None
-
-
-def _begin(serialised: str) -> None:
-    """Begin a process that encodes: it ends with the one that writes, and by nothing else."""
-    global _codec_here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _codec_here = load_codec(serialised)
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _work(batch: Sequence[Piece]) -> _Encoded:
-    assert _codec_here is not None
-    return _encode(batch, _codec_here)
