@@ -42,7 +42,8 @@ def text_corpus(
     """Any text, as bytes, by a tokenizer, or by a BPE trained on its training part.
 
     Documents are split by the hash of the file's name, those of JSON lines and tables by that of
-    their text. A single document is cut: its last val_percent is validation.
+    their text. Where that leaves one split empty, as of a single document, the text is cut: its
+    last val_percent is validation.
 
     path: file or folder; see `data.documents.parts`.
     codec: what the ids of a checkpoint mean; None takes bytes, or trains a BPE.
@@ -68,12 +69,11 @@ def text_corpus(
     found = _find(path, field)
     counts: Counter[str] = Counter()
     read = _read(path, found, val_percent, skip_undecodable, counts)
-    alone = len(read.texts) == 1
-    if alone:
-        (text,) = read.texts
-        halves = _cut_at_character(text, len(text) - int(len(text) * val_percent / 100))
-    else:
-        halves = joined(read.of(False)), joined(read.of(True))
+    both = read.of(False), read.of(True)
+    if not all(both):
+        both = _cut(read.texts, val_percent)
+    join = joined if len(read.texts) > 1 else b"".join
+    halves = join(both[0]), join(both[1])
     for half, what in zip(halves, ("training", "validation"), strict=True):
         if len(half) < 2:
             left = counts[UNDECODABLE]
@@ -85,7 +85,7 @@ def text_corpus(
     if tokenizer is None or isinstance(tokenizer, ByteCodec):
         corpus = corpus_of(*halves, path, codec or tokenizer or _make_codec(halves[0], bpe_vocab))
     else:
-        corpus = _tokenized(path, read, halves if alone else None, tokenizer)
+        corpus = _tokenized(path, both, tokenizer)
     corpus.facts["files"] = len({part.path for part in found})
     if any(part.kind != "text" for part in found):
         corpus.facts["documents"] = len(read.texts)
@@ -174,6 +174,18 @@ def _make_codec(text: bytes, bpe_vocab: int) -> Codec:
     return train_bpe(text.decode("utf-8"), bpe_vocab)
 
 
+def _cut(texts: Sequence[bytes], val_percent: float) -> tuple[list[bytes], list[bytes]]:
+    """Cut texts near their end, within one of them."""
+    total = sum(map(len, texts))
+    left = total - int(total * val_percent / 100)
+    for i, text in enumerate(texts):
+        if left <= len(text):
+            before, behind = _cut_at_character(text, left)
+            return [*texts[:i], before], [behind, *texts[i + 1 :]]
+        left -= len(text)
+    return list(texts), []
+
+
 def _cut_at_character(text: bytes, at: int) -> tuple[bytes, bytes]:
     """Cut near `at`, before a byte that starts a UTF-8 character."""
     while 0 < at < len(text) and text[at] & 0xC0 == 0x80:
@@ -181,12 +193,8 @@ def _cut_at_character(text: bytes, at: int) -> tuple[bytes, bytes]:
     return text[:at], text[at:]
 
 
-def _tokenized(path: str, read: _Texts, halves: tuple[bytes, bytes] | None, codec: Codec) -> Corpus:
-    """A corpus whose documents each stand behind an id of their own.
-
-    halves: of a single document, its training and its validation part.
-    """
-    both = [[half] for half in halves] if halves else [read.of(False), read.of(True)]
+def _tokenized(path: str, both: tuple[list[bytes], list[bytes]], codec: Codec) -> Corpus:
+    """A corpus of training and validation documents, each behind the id that begins one."""
     kind = np.uint16 if codec.vocab_size <= 1 << 16 else np.uint32
     eot = [] if codec.eot is None else [codec.eot]
     digest = hashlib.sha256(codec.fingerprint.encode())

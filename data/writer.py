@@ -5,8 +5,9 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class SplitWriter:
         self.shards = [ShardFile(**one) for one in state.get("shards", [])]
         self.documents, self.bytes = state.get("documents", 0), state.get("bytes", 0)
         self._open_tokens = state.get("open", 0)
-        self._file: BinaryIO | None = None
+        self._file: BufferedRandom | None = None
         self._recover()
 
     def add(self, ids: np.ndarray) -> None:
@@ -100,7 +101,7 @@ class SplitWriter:
         number = _FIRST[self._split] + len(self.shards) + further
         return self._folder / f"tokens_{self._split}_{number:06d}.bin"
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self) -> BufferedRandom:
         if self._file is None:
             self._file = _part(self._path()).open("w+b")
             self._file.write(bytes(HEADER_BYTES))
