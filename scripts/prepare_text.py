@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,9 @@ from geon.data.documents import parts
 from geon.data.prepare import Job, tokenize
 from geon.errors import UsageError
 from geon.scripts.flags import number, whole
+
+GPT2 = 50257
+"""Ids of GPT-2, which data=bins pads to 50304; 0 takes what another tokenizer has."""
 
 
 def add_tokenize(subparsers: Any) -> None:
@@ -138,7 +142,9 @@ def _run(args: argparse.Namespace) -> None:
         )
     print(
         f"{train.tokens + val.tokens:,} tokens; train on them by: "
-        f"python train.py data=bins data.dir={folder}"
+        f"python train.py data=bins data.dir={shlex.quote(str(folder))}"
+        + " data.vocab_size=0"
+        * (done.meta.vocab_size != GPT2)
     )
 
 

@@ -1,6 +1,7 @@
 """What `tokenize` does with a folder that holds something, and what its tokenizer learns from."""
 
 import json
+import shlex
 
 import pytest
 
@@ -9,6 +10,7 @@ from geon.data.documents import parts
 from geon.data.prepare import Job, tokenize
 from geon.data.stream import held_out
 from geon.errors import UsageError
+from geon.scripts import prepare_data
 
 TEXTS = [f"<{i}> of ties and lies\n" * (1 + i % 5) for i in range(60)]
 
@@ -101,3 +103,13 @@ def test_too_few_documents_are_told_another_percentage(source, tmp_path):
     with pytest.raises(UsageError, match=r"none of 4 documents.*e\.g\. 50, with --resume never"):
         tokenize(job(source, "bytes", val_percent=0.01), tmp_path, 1)
     assert json.loads((tmp_path / ".tokenize.json").read_text())["done"] is False
+
+
+def test_the_last_line_is_a_command_that_trains_with_the_tokenizers_vocabulary(
+    source, tmp_path, capsys
+):
+    out = tmp_path / "my shards"
+    command = ["tokenize", str(source), "--out", str(out), "--tokenizer", "train:300"]
+    assert prepare_data.main([*command, "--val-percent", "20", "--workers", "1"]) == 0
+    last = shlex.split(capsys.readouterr().out.splitlines()[-1].rpartition(": ")[2])
+    assert last == ["python", "train.py", "data=bins", f"data.dir={out}", "data.vocab_size=0"]
