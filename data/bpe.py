@@ -70,11 +70,12 @@ class BPECodec(Codec):
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text."""
-        if self._fast:
-            return self._fast.encode(text)
         pieces = list(_seams(text)) if self._bytes and self._seams else [text]
-        encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        ids = [np.asarray(e.ids, dtype=np.uint32) for e in encoded]
+        if self._fast:
+            ids = [self._fast.encode(piece) for piece in pieces]
+        else:
+            encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+            ids = [np.asarray(e.ids, dtype=np.uint32) for e in encoded]
         return np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> bytes:
