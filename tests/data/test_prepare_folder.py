@@ -113,3 +113,12 @@ def test_the_last_line_is_a_command_that_trains_with_the_tokenizers_vocabulary(
     assert prepare_data.main([*command, "--val-percent", "20", "--workers", "1"]) == 0
     last = shlex.split(capsys.readouterr().out.splitlines()[-1].rpartition(": ")[2])
     assert last == ["python", "train.py", "data=bins", f"data.dir={out}", "data.vocab_size=0"]
+
+
+@pytest.mark.parametrize(("out", "said"), [("src/x", "lies in"), (".", "holds a source")])
+def test_shards_are_not_written_among_the_sources(source, tmp_path, capsys, out, said):
+    before = content(tmp_path)
+    command = ["tokenize", str(source), "--tokenizer", "bytes", "--out", str(tmp_path / out)]
+    assert prepare_data.main(command) == 2
+    assert said in capsys.readouterr().err
+    assert content(tmp_path) == before and not (source / "x").exists()
