@@ -105,9 +105,7 @@ def _run(args: argparse.Namespace) -> None:
     for source in args.sources:
         root = Path(source).expanduser()
         if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
-            raise UsageError(
-                f"--out '{args.out}' lies in '{source}': choose a folder outside of it"
-            )
+            raise UsageError(f"--out '{args.out}' lies in '{source}': choose one outside of it")
     found = parts(args.sources, args.field, args.subset, args.split)
     if any(Path(part.path).resolve().is_relative_to(folder.resolve()) for part in found):
         raise UsageError(f"--out '{args.out}' holds a source: choose another folder")
