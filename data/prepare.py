@@ -89,12 +89,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Done:
-    """What was made. cpu: seconds of encoding, over all processes, of `encoded` bytes."""
+    """What was made.
+
+    Attributes:
+        cpu: seconds of encoding, over all processes, of `encoded` bytes.
+        exact: whether the tokenizer gives back exact bytes.
+        already: an earlier call made it.
+    """
 
     meta: Meta
     skipped: int
     encoded: int
     cpu: float
+    exact: bool
     already: bool = False
 
 
@@ -166,7 +173,8 @@ def tokenize(
     finally:
         for writer in writers.values():
             writer.close()
-    return Done(meta, place.skipped_before + place.skipped, size_done, cpu, already=done)
+    skipped, exact = place.skipped_before + place.skipped, codec.token_bytes() is not None
+    return Done(meta, skipped, size_done, cpu, exact, already=done)
 
 
 def _note(journal: Journal, folder: Path, writers: dict[str, SplitWriter], place: Place) -> None:

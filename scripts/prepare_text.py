@@ -136,6 +136,8 @@ def _run(args: argparse.Namespace) -> None:
             f"{name}: {split.documents:,} documents, {(split.bytes or 0) / 1e6:.2f} MB, "
             f"{split.tokens:,} tokens in {len(split.shards)} shards"
         )
+    if not done.exact:
+        print("this tokenizer does not give back exact bytes: losses are in nats per token alone")
     if done.skipped:
         print(f"left out, because it is not UTF-8: {done.skipped:,} documents")
     if done.cpu:

@@ -5,10 +5,13 @@ import shlex
 
 import pytest
 
+from geon.configs.schema import DataConfig, Source
 from geon.data.bpe import train_on
 from geon.data.documents import parts
 from geon.data.prepare import Job, tokenize
 from geon.data.stream import held_out
+from geon.engine.build import make_corpus
+from geon.engine.evaluate import val_bytes
 from geon.errors import UsageError
 from geon.scripts import prepare_data
 
@@ -122,3 +125,16 @@ def test_shards_are_not_written_among_the_sources(source, tmp_path, capsys, out,
     assert prepare_data.main(command) == 2
     assert said in capsys.readouterr().err
     assert content(tmp_path) == before and not (source / "x").exists()
+
+
+def test_a_tokenizer_that_loses_bytes_trains_and_is_told(source, tmp_path, capsys):
+    content = json.loads(train_on(iter(TEXTS), 300, ["<|endoftext|>"]).serialise())
+    content["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    out = tmp_path / "out"
+    command = ["tokenize", str(source), "--tokenizer", str(tmp_path), "--out", str(out)]
+    assert prepare_data.main([*command, "--val-percent", "20", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.count("does not give back exact bytes") == 1
+    corpus = make_corpus(DataConfig(source=Source.bins, dir=str(out), vocab_size=0), 0)
+    assert corpus.codec.token_bytes() is None and val_bytes(corpus, 16, 2) == 0
+    assert "exact bytes" in corpus.facts["no nats/byte"]
