@@ -15,7 +15,7 @@ import datasets
 import zstandard
 
 from geon.data import Loader, StreamBatches, load_codec
-from geon.data.bpe import train_on
+from geon.data.bpe import train_bpe
 from geon.data.hf import Where, identify, open_dataset
 from geon.data.stream import Recipe, Stream, held_out, validation
 from geon.errors import UsageError
@@ -126,10 +126,17 @@ def test_kinds_of_files_give_the_same_documents(folder, tmp_path):
         assert np.array_equal(found, expected), place
 
 
-def test_any_codec_gives_its_own_ids_and_its_own_separator(folder):
-    for special, eot in (([], None), (["<|endoftext|>"], 0)):
-        codec = train_on(iter(TEXTS), 300, special)
-        of = replace(recipe(folder, shuffle=False), codec=codec.serialise())
+def test_any_codec_gives_its_own_ids_and_its_own_separator(folder, monkeypatch):
+    codec = train_bpe("\n".join(TEXTS), 300)
+    of = replace(recipe(folder, shuffle=False), codec=codec.serialise())
+    for eot in (None, 7):
+
+        def loaded(text, eot=eot):
+            made = load_codec(text)
+            made.eot = eot
+            return made
+
+        monkeypatch.setattr("geon.data.stream.load_codec", loaded)
         before = [] if eot is None else [eot]
         ids = [i for text in TEXTS for i in [*before, *codec.encode(text).tolist()]]
         found = opened(of).windows((len(ids) - 1) // CONTEXT)
