@@ -2,6 +2,7 @@
 
 import http.client
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,8 @@ from typing import Any
 
 MIB = 1 << 20
 _AGENT = "geon"
+_LONG = 5.0
+"""Seconds from which on a wait is said."""
 _FINAL = {400, 401, 403, 404, 405, 410, 451}
 """Answers that another try does not change."""
 
@@ -109,7 +112,11 @@ def patiently(
                     f"{error} (the last of {failures} tries); what was fetched is kept, run the "
                     "same command again to go on"
                 ) from None
-            if stop.wait(patience.seconds(failures, error.asked)):
+            seconds = patience.seconds(failures, error.asked)
+            if seconds >= _LONG:
+                said = f"geon: {error}; another try in {seconds:.0f} s"
+                print(said, file=sys.stderr, flush=True)
+            if stop.wait(seconds):
                 raise Stopped from None
 
 

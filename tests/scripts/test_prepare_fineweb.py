@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from geon.data import open_bins
+from geon.data.bpe import train_bpe
 from geon.data.meta import read_meta
 from geon.data.shards import header
 from geon.launch import local
@@ -19,6 +20,7 @@ from geon.scripts import prepare_fineweb
 from geon.scripts.prepare_data import main
 from tests.data.hub import COMMIT, Hub, serving
 
+pytestmark = pytest.mark.row("R35")
 RNG = np.random.default_rng(0)
 
 
@@ -126,6 +128,27 @@ def test_shards_of_others_have_the_vocabulary_of_their_ids(tmp_path, capsys):
         assert main(["fineweb10b", *options, "--shards", "0"]) == 0
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert (meta["vocab_size"], meta["eot"], meta["tokenizer"]) == (300, None, None)
+
+
+def test_a_tokenizer_comes_beside_the_shards(tmp_path, capsys):
+    text = "words and words, and other words\n" * 50
+    codec = train_bpe(text, 270)
+    ids = codec.encode(text).astype("<u2")
+    shards = {f"{name}_0.bin": header(len(ids)) + ids.tobytes() for name in ("train", "val")}
+    mine, made_by = Hub(shards, "me/mine"), Hub({}, "me/tokens", "models")
+    made_by.files["tokenizer.json"] = codec.serialise().encode()
+    with serving(mine, made_by) as address:
+        options = ["fineweb10b", "--endpoint", address, "--repo", "me/mine", "--shards", "0"]
+        options += ["--tokenizer", "me/tokens", "--out"]
+        assert main([*options, str(tmp_path / "a")]) == 0
+        meta = read_meta(tmp_path / "a")
+        assert (meta.vocab_size, meta.tokenizer.file) == (codec.vocab_size, "tokenizer.json")
+        corpus = open_bins("", "", 300, str(tmp_path / "a"))
+        assert corpus.codec.decode(corpus.val.window(0, len(ids)).tolist()) == text.encode()
+        mine.files["train_0.bin"] = shard(50, 400)
+        assert main([*options, str(tmp_path / "b")]) == 2
+        assert f"and the tokenizer has {codec.vocab_size} ids" in capsys.readouterr().err
+    assert not (tmp_path / "b" / "meta.json").exists()
 
 
 def test_ctrl_c_leaves_what_came_and_the_same_command_goes_on(tmp_path):
