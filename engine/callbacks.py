@@ -56,8 +56,9 @@ class Progress(Callback):
         if not self._losses or (trainer.step % self.every and not ends):
             return
         loss = trainer.run.parallel.mean(torch.stack(self._losses).mean()).item()
+        # After a resume, or where a step was skipped, a row averages fewer steps than others do.
+        record = {"loss": loss, "loss_steps": len(self._losses), **self._record(trainer)}
         self._losses.clear()
-        record = self._record(trainer, loss)
         trainer.log("train", record)
         self._print(trainer, record)
 
@@ -67,14 +68,13 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.n = trainer.step
 
-    def _record(self, trainer: Trainer, loss: float) -> dict[str, Any]:
+    def _record(self, trainer: Trainer) -> dict[str, Any]:
         run = trainer.run
         model_seconds, optimizer_seconds = trainer.stopwatch.read()
         steps, now = trainer.step - self._last[0], time.perf_counter()
         rate = steps * run.config.data.batch_tokens / (now - self._last[1])
         self._last = (trainer.step, now)
         record = {
-            "loss": loss,
             "tokens": trainer.tokens,
             "elapsed": trainer.elapsed,
             "tokens_per_second": rate,

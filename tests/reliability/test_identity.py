@@ -82,6 +82,17 @@ def test_going_on_longer_is_said_with_the_jump_of_the_rate(tmp_path, capsys):
     assert json.loads((folder / "report-0000004.json").read_text())["steps"] == 4
 
 
+def test_a_row_says_over_how_many_steps_its_loss_is_a_mean(whole, tmp_path, monkeypatch):
+    train_until(monkeypatch, 4, tmp_path, "checkpoint.every=3")
+    folder = train(tmp_path, "checkpoint.every=3", "logger.every=1", "schedule.steps=4")
+    last = rows(folder, "train")[-1]["loss"]
+    train_until(monkeypatch, 4, tmp_path, "checkpoint.every=3", "name=two")
+    folder = train(tmp_path, "checkpoint.every=3", "schedule.steps=4", "name=two")
+    assert [row["loss_steps"] for row in rows(folder, "train")] == [2, 1]
+    assert rows(folder, "train")[-1]["loss"] == last
+    assert [row["loss_steps"] for row in rows(whole, "train")] == [2, 2, 2, 2]
+
+
 def test_config_yaml_is_of_the_segment_that_trained(tmp_path, monkeypatch):
     folder = train(tmp_path, "schedule.steps=4")
     allow = ["optim.lr=0.3", "checkpoint.allow_change=[optim]"]
