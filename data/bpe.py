@@ -16,10 +16,15 @@ from geon.errors import UsageError
 _PIECE = 1 << 16
 """Text is encoded in pieces of about this many characters: bounded memory."""
 _SEAM = re.compile(r"[A-Za-z0-9](?= [A-Za-z])")
-"""A letter or digit, then a space and a letter: byte-level pre-tokenizers all cut between them, so
-the pieces' ids are those of the whole."""
+"""A letter or digit, then a space and a letter: where words are cut off with the space before
+them, the pieces' ids are those of the whole."""
+_WORDS = r"[^\r\n\p{L}\p{N}]?"
+"""Stands in the regex of GPT-4, Llama 3, Qwen and others, whose words are cut so."""
 END_OF_TEXT = "<|endoftext|>"
-_EOTS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+_EOTS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+EOS_KEY = "geon_eos"
+"""Key in the serialised form, besides those of the package: a name for `eot` that a
+tokenizer_config.json told and the tokenizer.json does not tell apart."""
 
 
 def byte_of_symbol() -> dict[str, int]:
@@ -45,31 +50,32 @@ class BPECodec(Codec):
             Exception: what the package makes of another text.
         """
         self._serialised = serialised
-        self._tokenizer = Tokenizer.from_str(serialised)
+        content = json.loads(serialised)
+        told = content.pop(EOS_KEY, None)
+        self._tokenizer = Tokenizer.from_str(json.dumps(content) if told else serialised)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(serialised.encode()).hexdigest()
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        content = json.loads(serialised)
         if content["model"].get("dropout"):
             raise UsageError("the tokenizer has a dropout, so its ids are drawn: set it to null")
-        special = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
-        known = [special[name] for name in _EOTS if name in special]
-        self.eot = known[0] if known else next(iter(special.values()), None)
+        self.eot = vocab[told] if told else end_of_text(content)
         self._bytes: list[bytes] | None = None
+        self._seams = _cuts_words(content)
         if _is_byte_level(content):
             self._bytes = _bytes_of_ids(vocab, content["added_tokens"], self.vocab_size)
         self._fast = self._bytes and FastBPE.of(content, self._bytes)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text."""
+        pieces = list(_seams(text)) if self._bytes and self._seams else [text]
         if self._fast:
-            return self._fast.encode(text)
-        pieces = list(_seams(text)) if self._bytes else [text]
-        encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        ids = [np.asarray(e.ids, dtype=np.uint32) for e in encoded]
+            ids = [self._fast.encode(piece) for piece in pieces]
+        else:
+            encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+            ids = [np.asarray(e.ids, dtype=np.uint32) for e in encoded]
         return np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> bytes:
@@ -122,6 +128,22 @@ def from_merges(vocab: str, merges: str) -> str:
     if tokenizer.token_to_id(END_OF_TEXT) is not None:
         tokenizer.add_special_tokens([END_OF_TEXT])
     return str(tokenizer.to_str())
+
+
+def end_of_text(content: dict[str, Any]) -> int | None:
+    """The id that ends a text, by its name among the special tokens of a tokenizer.json."""
+    special = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
+    return next((special[name] for name in _EOTS if name in special), None)
+
+
+def _cuts_words(content: dict[str, Any]) -> bool:
+    """Whether words are cut off with the space before them, so that `_SEAM` changes no id."""
+    steps = content["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    if any(not token["special"] and " " in token["content"] for token in content["added_tokens"]):
+        return False
+    patterns = [step.get("pattern", {}).get("Regex", "") for step in steps]
+    return bool(steps[-1].get("use_regex")) or any(_WORDS in pattern for pattern in patterns)
 
 
 def _is_byte_level(content: dict[str, Any]) -> bool:

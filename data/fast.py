@@ -1,6 +1,6 @@
 """A faster way to the same ids: the `tiktoken` package, where it is proved to agree.
 
-Measured on one core: 9.7 MB/s of Python sources with GPT-2's merges; `tokenizers` 1.7.
+Why: it is several times as fast; `prepare_data tokenize` prints MB/s a core.
 """
 
 from collections.abc import Sequence

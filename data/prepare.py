@@ -1,6 +1,7 @@
 """Text to shards: documents are read in order, encoded by processes, and written in order."""
 
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,10 @@ from typing import Any
 from geon.data.codec import Codec
 from geon.data.documents import UNDECODABLE, Document, Part
 from geon.data.encode import Piece, encoded
-from geon.data.meta import META, SPLITS, Meta, TokenizerMeta, write_meta
+from geon.data.meta import SPLITS, Meta, TokenizerMeta, write_meta
 from geon.data.stream import held_out
 from geon.data.tokenizers import FILE, open_codec
-from geon.data.writer import Journal, SplitWriter, clear, read_journal
+from geon.data.writer import ANEW, JOURNAL, Journal, SplitWriter, clear, holds, read_journal
 from geon.errors import UsageError
 
 BATCH = 1 << 20
@@ -88,12 +89,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Done:
-    """What was made. cpu: seconds of encoding, over all processes, of `encoded` bytes."""
+    """What was made.
+
+    Attributes:
+        cpu: seconds of encoding, over all processes, of `encoded` bytes.
+        exact: whether the tokenizer gives back exact bytes.
+        already: an earlier call made it.
+    """
 
     meta: Meta
     skipped: int
     encoded: int
     cpu: float
+    exact: bool
     already: bool = False
 
 
@@ -116,14 +124,14 @@ def tokenize(
         OSError: the disk is full, or as the system says.
     """
     key = _key(job)
+    codec = None if job.tokenizer.startswith("train:") else open_codec(job.tokenizer)
+    if codec is not None:
+        key["fingerprint"] = codec.fingerprint
     journal = _begun(folder, key, resume)
-    codec, file = _codec(job, folder, journal is not None, said)
-    key["fingerprint"], dtype = codec.fingerprint, _dtype(job.dtype, codec)
-    if journal is None:
-        journal = Journal(key, asdict(Place()), {})
-    elif journal.key != key:
-        raise UsageError(_other(folder, journal.key, key))
-    elif not journal.done and journal.place["read"]:
+    codec = codec or _trained(job, folder, journal, said)
+    file, dtype = _keep(codec, folder), _dtype(job.dtype, codec)
+    codec.name = job.tokenizer
+    if not journal.done and journal.place["read"]:
         said(f"going on after {journal.place['read'] / 1e6:.1f} MB that are done")
     done, cpu, size_done = journal.done, 0.0, 0
     writers = {
@@ -165,7 +173,8 @@ def tokenize(
     finally:
         for writer in writers.values():
             writer.close()
-    return Done(meta, place.skipped_before + place.skipped, size_done, cpu, already=done)
+    skipped, exact = place.skipped_before + place.skipped, codec.token_bytes() is not None
+    return Done(meta, skipped, size_done, cpu, exact, already=done)
 
 
 def _note(journal: Journal, folder: Path, writers: dict[str, SplitWriter], place: Place) -> None:
@@ -176,28 +185,24 @@ def _note(journal: Journal, folder: Path, writers: dict[str, SplitWriter], place
     journal.write(folder)
 
 
-def _begun(folder: Path, key: dict[str, Any], resume: bool) -> Journal | None:
-    journal = read_journal(folder) if resume else None
-    if not resume:
+def _begun(folder: Path, key: dict[str, Any], resume: bool) -> Journal:
+    """The journal of what an earlier call began, else a new one: what has none is not removed."""
+    if not resume and (folder / JOURNAL).exists():
         clear(folder)
-    elif journal is None and (folder / META).exists():
-        raise UsageError(f"'{folder}' holds other shards, with a {META}: choose another --out")
-    elif journal is not None and (changed := _changed(journal.key, key)):
-        raise UsageError(_other(folder, journal.key, key, changed))
+    journal = read_journal(folder)
+    if journal is None:
+        if name := holds(folder):
+            raise UsageError(f"'{folder}' holds a {name} of something else: choose another --out")
+        journal = Journal(key, asdict(Place()), {})
+        journal.write(folder)
+    old = journal.key
+    if changed := [word for word in key if old.get(word) != key[word]]:
+        told = ", ".join(f"{w} was {old.get(w)!r} and is {key[w]!r}" for w in changed)
+        raise UsageError(
+            f"'{folder}' holds what another command began ({told[:400]}): give that one again, "
+            "choose another --out, or remove it by --resume never"
+        )
     return journal
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [word for word in new if old.get(word) != new[word]]
-
-
-def _other(folder: Path, old: dict[str, Any], new: dict[str, Any], words: Any = None) -> str:
-    words = words or _changed(old, new)
-    told = ", ".join(f"{w} was {old.get(w)!r} and is {new[w]!r}" for w in words)
-    return (
-        f"'{folder}' holds what another command began ({told[:400]}): give that one again, "
-        "choose another --out, or remove it by --resume never"
-    )
 
 
 def _key(job: Job) -> dict[str, Any]:
@@ -218,24 +223,26 @@ def _key(job: Job) -> dict[str, Any]:
     }
 
 
-def _codec(
-    job: Job, folder: Path, begun: bool, said: Callable[[str], None]
-) -> tuple[Codec, str | None]:
-    """The tokenizer, kept beside the shards; one that is trained is trained once."""
+def _trained(job: Job, folder: Path, journal: Journal, said: Callable[[str], None]) -> Codec:
+    """The tokenizer that is trained on the text: once, then it lies beside the shards."""
     path = folder / FILE
-    if job.tokenizer.startswith("train:"):
-        if not (begun and path.is_file()):
-            said(f"training a tokenizer of {job.tokenizer[6:]} ids")
-            _write(path, _learn(job, int(job.tokenizer[6:])).serialise())
-        codec = open_codec(str(path))
-    else:
-        codec = open_codec(job.tokenizer)
-        if codec.serialise() == "bytes":
-            return codec, None
-        if not (path.is_file() and path.read_text("utf-8") == codec.serialise()):
-            _write(path, codec.serialise())
-    codec.name = job.tokenizer
-    return codec, FILE
+    if not path.is_file():
+        said(f"training a tokenizer of {job.tokenizer[6:]} ids")
+        _write(path, _learn(job, int(job.tokenizer[6:])).serialise())
+    codec = open_codec(str(path))
+    if journal.key.setdefault("fingerprint", codec.fingerprint) != codec.fingerprint:
+        raise UsageError(f"'{path}' has changed since it was trained: {ANEW}")
+    return codec
+
+
+def _keep(codec: Codec, folder: Path) -> str | None:
+    """Keep a tokenizer beside its shards; the bytes need no file."""
+    if codec.serialise() == "bytes":
+        return None
+    path = folder / FILE
+    if not (path.is_file() and path.read_text("utf-8") == codec.serialise()):
+        _write(path, codec.serialise())
+    return FILE
 
 
 def _write(path: Path, text: str) -> None:
@@ -255,9 +262,15 @@ def _learn(job: Job, size: int) -> Codec:
 
     def texts() -> Iterator[str]:
         total = sum(part.size for part in job.parts)
-        for part in job.parts:
+        first = False  # split of the file's first text
+        for number, part in enumerate(job.parts):
             left = max(1 << 16, LEARN * part.size // total if total else LEARN)
-            for piece, _ in _pieces(replace(job, parts=[part]), Place()):
+            begin = Place(number, val=first if part.start else None)
+            for piece, there in _pieces(job, begin):
+                if there.part != number:
+                    break
+                if there.documents == 1 and not part.start:
+                    first = piece.val
                 if not piece.val:
                     yield piece.text
                     left -= len(piece.text)
@@ -280,11 +293,12 @@ def _check_filled(writers: dict[str, SplitWriter], job: Job) -> None:
     for name, writer in writers.items():
         if not writer.bytes:
             documents = sum(one.documents for one in writers.values())
+            likely = min(50, math.ceil(300 / max(1, documents)))
             raise UsageError(
                 f"none of {documents} documents of {job.source} fell to "
                 f"{'training' if name == 'train' else 'validation'} with --val-percent "
-                f"{job.val_percent}: give more documents, or another percentage, such as "
-                f"--val-percent {'10' if name == 'val' else '1'} --resume never"
+                f"{job.val_percent}: give more documents, or another percentage, e.g. {likely}, "
+                "with --resume never"
             )
 
 

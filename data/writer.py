@@ -1,6 +1,5 @@
 """Shards that are written in order, and a journal from which a killed writer goes on."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -12,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from geon.data.meta import SPLITS, ShardFile, SplitMeta
+from geon.data.meta import META, SPLITS, ShardFile, SplitMeta
 from geon.data.shards import HEADER_BYTES, VERSIONS, header
 from geon.errors import UsageError
 
 JOURNAL = ".tokenize.json"
+TOKENIZER = "tokenizer.json"
 _FIRST = {"train": 1, "val": 0}
 """Number of each split's first shard."""
 
@@ -113,7 +113,7 @@ class SplitWriter:
         for one in self.shards:
             path = self._folder / one.file
             if not path.is_file() or path.stat().st_size != HEADER_BYTES + size * one.tokens:
-                raise UsageError(f"'{path}' is gone or cut, which was finished: {_ANEW}")
+                raise UsageError(f"'{path}' is gone or cut, which was finished: {ANEW}")
         final = self._path()
         part = _part(final)
         if final.exists():  # it was finished after the state
@@ -126,13 +126,13 @@ class SplitWriter:
             return
         length = HEADER_BYTES + size * self._open_tokens
         if not part.is_file() or part.stat().st_size < length:
-            raise UsageError(f"'{part}' is gone or cut, which was under way: {_ANEW}")
+            raise UsageError(f"'{part}' is gone or cut, which was under way: {ANEW}")
         self._file = part.open("r+b")
         self._file.truncate(length)
         self._file.seek(length)
 
 
-_ANEW = "start anew with --resume never"
+ANEW = "start anew with --resume never"
 
 
 def _part(path: Path) -> Path:
@@ -186,15 +186,22 @@ def read_journal(folder: Path) -> Journal | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"'{path}' cannot be read ({error}): {_ANEW}") from None
+        raise UsageError(f"'{path}' cannot be read ({error}): {ANEW}") from None
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier writer left: its journal, its shards, and their meta.json."""
-    for name in ("meta.json", JOURNAL):
-        _remove(folder / name)
-    for split in SPLITS:
-        for pattern in (f"tokens_{split}_*.bin", f"tokens_{split}_*.bin.part"):
-            for path in folder.glob(pattern):
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
+    """Remove what an earlier writer left: meta.json, tokenizer, shards, and last its journal."""
+    for path in [folder / META, *_written(folder), folder / TOKENIZER, folder / JOURNAL]:
+        _remove(path)
+
+
+def holds(folder: Path) -> str:
+    """Name of a file in a folder that a writer would write over; empty where there is none."""
+    paths = [folder / META, folder / TOKENIZER, *_written(folder)]
+    return next((path.name for path in paths if path.exists()), "")
+
+
+def _written(folder: Path) -> list[Path]:
+    """Shards, finished or not."""
+    names = [f"tokens_{split}_*.bin{end}" for split in SPLITS for end in ("", ".part")]
+    return [path for name in names for path in sorted(folder.glob(name))]

@@ -93,6 +93,8 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
             f"{corpus.facts['name']}: set data.vocab_size={corpus.vocab_size}, or "
             "0, which takes what there is"
         )
+    if corpus.codec is not None and corpus.codec.token_bytes() is None:
+        corpus.facts["no nats/byte"] = "this tokenizer does not give back exact bytes"
     return corpus
 
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -98,6 +99,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     folder = args.out.expanduser()
+    for source in args.sources:
+        root = Path(source).expanduser()
+        if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+            raise UsageError(f"--out '{args.out}' lies in '{source}': choose one outside of it")
     found = parts(args.sources, args.field, args.subset, args.split)
     if any(Path(part.path).resolve().is_relative_to(folder.resolve()) for part in found):
         raise UsageError(f"--out '{args.out}' holds a source: choose another folder")
@@ -128,6 +133,8 @@ def _run(args: argparse.Namespace) -> None:
             f"{name}: {split.documents:,} documents, {(split.bytes or 0) / 1e6:.2f} MB, "
             f"{split.tokens:,} tokens in {len(split.shards)} shards"
         )
+    if not done.exact:
+        print("this tokenizer does not give back exact bytes: losses are in nats per token alone")
     if done.skipped:
         print(f"left out, because it is not UTF-8: {done.skipped:,} documents")
     if done.cpu:
@@ -138,7 +145,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     print(
         f"{train.tokens + val.tokens:,} tokens; train on them by: "
-        f"python train.py data=bins data.dir={folder}"
+        f"python train.py data=bins data.dir={shlex.quote(str(folder))}"
     )
 
 

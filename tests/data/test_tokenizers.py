@@ -81,9 +81,10 @@ def test_both_ways_give_the_ids_of_both_packages(codec, text):
 
 def test_pieces_have_the_ids_of_the_whole(codec, monkeypatch):
     monkeypatch.setattr("geon.data.bpe._PIECE", 50)
-    slow = BPECodec(codec.serialise())
-    slow._fast = None
-    assert slow.encode(STORY).tolist() == plain(codec).encode(STORY).ids
+    cut = BPECodec(codec.serialise())
+    for fast in (cut._fast, None):
+        cut._fast = fast
+        assert cut.encode(STORY).tolist() == plain(codec).encode(STORY).ids
 
 
 def test_the_fast_way_is_left_where_it_would_differ(codec):
@@ -108,6 +109,40 @@ def test_a_special_token_has_no_bytes(codec):
     assert codec.eot not in codec.encode(EOT)
 
 
+def test_the_end_of_a_document_is_the_tokenizers_own(tmp_path, codec):
+    """By its name; else the eos_token of tokenizer_config.json, also in a checkpoint; else none."""
+    content = json.loads(codec.serialise())
+    odd = content["added_tokens"][0] | {"content": "<fin>"}
+    content["added_tokens"] = [odd]
+    content["model"]["vocab"] = {
+        {EOT: "<fin>"}.get(token, token): i for token, i in content["model"]["vocab"].items()
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert open_codec(str(tmp_path)).eot is None
+    config = tmp_path / "tokenizer_config.json"
+    for told in ("<fin>", {"content": "<fin>", "lstrip": False}):
+        config.write_text(json.dumps({"eos_token": told}))
+        found = open_codec(str(tmp_path))
+        again = load_codec(found.serialise())
+        assert (found.eot, again.eot, again.fingerprint) == (0, 0, found.fingerprint)
+        assert found.encode(STORY).tolist() == codec.encode(STORY).tolist()
+    config.write_text(json.dumps({"eos_token": "<none>"}))
+    with pytest.raises(UsageError, match="'<none>', which is no token of tokenizer.json"):
+        open_codec(str(tmp_path))
+
+
+def test_words_that_reach_over_spaces_are_not_cut_into_pieces(codec, monkeypatch):
+    monkeypatch.setattr("geon.data.bpe._PIECE", 50)
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    text = "of the cat and the dog of the house " * 20
+    made.train_from_iterator([text], trainer)
+    assert BPECodec(made.to_str()).encode(text).tolist() == made.encode(text).ids
+
+
 def test_cuts_and_pads_of_a_file_are_left_out(codec):
     made = Tokenizer.from_str(codec.serialise())
     made.enable_truncation(5)
@@ -127,7 +162,7 @@ def test_a_tokenizer_that_loses_bytes_has_no_lengths():
     codec = BPECodec(made.to_str())
     assert codec.token_bytes() is None
     assert codec.encode("It's TIES").tolist() == made.encode("It's TIES").ids
-    assert codec.eot == made.token_to_id("[SEP]")
+    assert codec.eot is None
     assert codec.decode(codec.encode("TIES")) != b"TIES"
 
 
