@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu lint types format bench-solver bench-step bench-drift
 .PHONY: bench-sharding bench-train bench-gpu profile coord-check transfer leaderboard batch-sweep
-.PHONY: finetune reliability chaos fuzz clean
+.PHONY: finetune reliability chaos fuzz speedrun clean
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -31,6 +31,10 @@ setup: .venv/dev ## create .venv with everything that tests and lint need
 
 .venv/dev: .venv/run
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/data: .venv/run
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[data]'
 	@touch $@
 
 .venv/baselines: .venv/run
@@ -101,6 +105,9 @@ transfer: .venv/run ## does a learning rate serve other widths? about an hour on
 
 leaderboard: .venv/baselines ## 25 optimizers on the same tokens, under an hour on 2 cores, resumable
 	$(BIN)/python -m geon.scripts.leaderboard $(BENCH)
+
+speedrun: .venv/data ## AdamW, Muon and the hybrid on this machine's Python sources, ten minutes, resumable
+	$(BIN)/python -m geon.scripts.speedrun $(BENCH)
 
 batch-sweep: .venv/run ## the same tokens in batches of several sizes, resumable
 	$(BIN)/python -m geon.scripts.compare batch --along data.batch_tokens $(BENCH)

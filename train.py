@@ -19,7 +19,7 @@ import hydra
 
 from geon.configs.schema import register
 from geon.launch.arguments import Arguments, read_arguments
-from geon.launch.compose import compose, jobs
+from geon.launch.compose import as_read, compose, jobs
 from geon.launch.env import read_env
 
 
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     status = guard(act)
     if told is not None and told.prints and not status:
         register()
-        sys.argv[1:] = arguments
+        sys.argv[1:] = [as_read(a) if a in told.overrides else a for a in arguments]
         printed()
     return status
 

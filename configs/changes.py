@@ -57,7 +57,15 @@ TABLE: dict[str, Kind] = {
 MEASURED = ("data.val_tokens",)
 """Keys that a run may change and go on, but on which its result depends."""
 
-PLACES = ("data.path", "data.train", "data.val", "data.dir", "data.dataset", "data.revision")
+PLACES = (
+    "data.path",
+    "data.train",
+    "data.val",
+    "data.dir",
+    "data.dataset",
+    "data.revision",
+    "data.tokenizer",
+)
 """Where data lie. Elsewhere, data of the same fingerprint are the same data: that is said."""
 
 FINGERPRINT = "data.sha256"

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from geon.configs.choices import Source
 from geon.configs.overrides import ROOT as ROOT
 from geon.configs.overrides import check_overrides as check_overrides
 from geon.configs.overrides import check_plain
@@ -36,6 +37,7 @@ def resolve(composed: DictConfig) -> Config:
     config.sweep.arms = fill_entries(ArmConfig, config.sweep.arms, "sweep.arms")
     config.output = _expanded(config.output)
     check_values(config)
+    _check_ids(config)
     _count_heads(config.model)
     _count_steps(config)
     return config
@@ -60,6 +62,17 @@ def _count_steps(config: Config) -> None:
                 f"{config.data.batch_tokens}"
             )
         config.schedule.steps = tokens // config.data.batch_tokens
+
+
+def _check_ids(config: Config) -> None:
+    """Refuse a vocabulary of 0 where no tokenizer says it."""
+    if not config.data.vocab_size and config.data.source is Source.synthetic:
+        raise UsageError("data.vocab_size 0: data=synthetic has no tokenizer to take it from")
+    if not config.model.vocab_size and config.data.vocab_size:
+        raise UsageError(
+            f"model.vocab_size 0, and data.vocab_size is {config.data.vocab_size}: leave it out, "
+            "and it follows the data"
+        )
 
 
 def _count_heads(model: ModelConfig) -> None:

@@ -46,6 +46,15 @@ def _source(*sources: Source) -> Callable[[Config], bool]:
     return lambda c: c.data.source in sources
 
 
+def _reads(*sources: Source) -> Callable[[Config], bool]:
+    """As `_source`, of any source of a mixture too."""
+    return lambda c: (
+        c.data.source in sources
+        or c.data.source is Source.mix
+        and any(part.source in sources for part in c.data.parts().values())
+    )
+
+
 def _split(config: Config) -> bool:
     data = config.data
     if data.source is Source.mix:
@@ -93,7 +102,11 @@ def _ladder(rule: RuleConfig) -> bool:
 
 WHEN = (
     When("data.path", "data=text", _source(Source.text)),
-    When("data.bpe_vocab", "data=text", _source(Source.text)),
+    When("data.bpe_vocab", "data=text, without data.tokenizer",
+         lambda c: c.data.source is Source.text and not c.data.tokenizer),
+    When("data.skip_undecodable", "data=text", _reads(Source.text)),
+    When("data.tokenizer", "data=text or stream", _reads(Source.text, Source.stream)),
+    When("data.field", "data=text or stream", _reads(Source.text, Source.stream)),
     When("data.dir", "data=bins", _source(Source.bins)),
     When("data.train", "data=bins, without data.dir", _globs),
     When("data.val", "data=bins, without data.dir", _globs),
@@ -101,7 +114,7 @@ WHEN = (
     When("data.tokens", "data=synthetic", _source(Source.synthetic)),
     When("data.val_percent", "a source that is split: not data=bins, no data.val_split", _split),
     *(When(f"data.{word}", "data=stream", _source(Source.stream))
-      for word in ("tokenizer", "field", "dataset", "subset", "revision", "split", "val_split",
+      for word in ("dataset", "subset", "revision", "split", "val_split",
                    "streams", "workers")),
     When("data.buffer", "data=stream, and data.shuffle=true",
          lambda c: c.data.source is Source.stream and c.data.shuffle),
@@ -205,8 +218,8 @@ def check_effects(
     for place, value in leaves.items():
         if (reason := unread(config, place, raw)) and not _holds_anyway(given, place, value):
             raise UsageError(
-                f"{place}={shown(str(value))} has no effect: {place} is read with {reason}; "
-                "leave it out"
+                f"{place}={shown(str(value))} has no effect{_beside(config, place)}: {place} is "
+                f"read with {reason}; leave it out"
             )
 
 
@@ -254,6 +267,15 @@ def _followed(config: Config, raw: Mapping[str, Any]) -> bool:
         if _has_members(config, place) and "optim.lr" in str((node or {}).get("lr")):
             return True
     return False
+
+
+def _beside(config: Config, place: str) -> str:
+    """What was chosen of the group that a key belongs to."""
+    kind = {"data": "source", "parallel": "layout", "model": "arch", "schedule": "shape"}
+    group = place.split(".")[0]
+    if (word := kind.get(group)) is None:
+        return ""
+    return f" with {group}.{word}={getattr(getattr(config, group), word).value}"
 
 
 def _holds_anyway(given: Callable[[], Any], key: str, value: Any) -> bool:

@@ -114,6 +114,8 @@ def _check(override: Override, options: dict[str, list[str]]) -> Override:
             f"'{shown(key)}': Hydra's own settings are not to be changed here, nothing is made by "
             "name from a config; grids of jobs are run by: python -m geon.launch.sweep"
         )
+    if not key:
+        raise UsageError(f"'{text}' has no key: write KEY=VALUE")
     if key not in options and kind_of(key) is None:
         raise UsageError(
             f"unknown config key '{shown(key)}'.{nearest(key, [*keys(), *options])} "

@@ -74,12 +74,12 @@ RANGES: dict[str, Test] = {
     "output": line(1000, empty=False),
     "seed": must("between -2^62 and 2^62", lambda x: abs(x) <= 2**62),
     "device": one_of("auto", "cpu", "cuda"),
-    "data.vocab_size": positive(2**24),
+    "data.vocab_size": not_negative(2**24),
     "model.n_layer": positive(1000),
     "model.n_head": positive(4096),
     "model.d_model": positive(2**17),
     "model.context": positive(2**24),
-    "model.vocab_size": positive(2**24),
+    "model.vocab_size": not_negative(2**24),
     "model.mlp_ratio": positive(64),
     "model.softcap": must("0, or between 0.1 and 1e6", lambda x: x == 0 or 0.1 <= x <= 1e6),
     "model.rope_base": must("above 1 and at most 1e12", lambda x: 1 < x <= 1e12),
@@ -235,8 +235,9 @@ def check_values(config: Config) -> None:
         shrinks = 0.0 if rule.rule is RuleKind.baseline else rule.weight_decay
         if rule.lr * rule.lr_scale * shrinks > 1:
             raise UsageError(
-                f"{place}.weight_decay {shrinks} at {place}.lr {rule.lr * rule.lr_scale:g}: a step "
-                "takes off the weight times their product, which is at most 1"
+                f"{place}.weight_decay {shrinks} x {place}.lr {rule.lr:g} x {place}.lr_scale "
+                f"{rule.lr_scale:g} is above 1: a step takes off the weight times that product; "
+                f"lower one of them{' (optim.lr)' if rule.lr == config.optim.lr else ''}"
             )
     _check_mix(config)
     if schedule.shape.value == "linear" and schedule.warmup + schedule.decay > 1 + 1e-9:

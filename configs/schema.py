@@ -37,7 +37,8 @@ class ModelConfig:
     context: int = MISSING
     """Longest sequence, tokens."""
     vocab_size: int = MISSING
-    """Token ids; follows data.vocab_size unless set (a larger one pads)."""
+    """Token ids; follows data.vocab_size unless set (a larger one pads). A run's config.yaml holds
+    the number where that is 0."""
     mlp_ratio: int = 4
     softcap: float = 0.0
     """Bound of the logits z: softcap * tanh(z / softcap); gpt_track3: softcap * z / sqrt(z^2 +
@@ -67,6 +68,7 @@ class DataConfig:
 
     source: Source = MISSING
     vocab_size: int = 256
+    """Token ids; 0 takes as many as the tokenizer has, for every source but data=synthetic."""
     batch_tokens: int = MISSING
     """Tokens of a global batch, over all ranks; accumulation is derived."""
     micro_batch: int = 0
@@ -78,9 +80,12 @@ class DataConfig:
     """Validation tokens evaluated; 0 takes all."""
     shuffle: bool = True
     path: str = ""
-    """data=text: a UTF-8 file or folder."""
+    """data=text: a file or folder of text, .jsonl or .parquet, also packed (.gz, .zst)."""
     bpe_vocab: int = 0
     """data=text: train a BPE of this size on the text; 0 reads bytes."""
+    skip_undecodable: bool = False
+    """data=text: leave out, and count, what is not UTF-8 (a file, a piece of 1 MiB of a larger one,
+    a line of JSON) rather than refuse it."""
     train: str = ""
     """data=bins: glob of training shards."""
     val: str = ""
@@ -93,9 +98,10 @@ class DataConfig:
     tokens: int = 0
     """data=synthetic: length."""
     tokenizer: str = ""
-    """data=stream: the tokenizer's name; empty reads bytes."""
+    """data=text, stream: bytes, gpt2, path of a tokenizer.json or its folder, or a name on the
+    hub; empty reads bytes."""
     field: str = "text"
-    """data=stream: column of the text."""
+    """data=text, stream: field of JSON lines, or column, that holds the text."""
     dataset: str = ""
     """data=stream: a Hugging Face dataset by name, or a local file or folder of .jsonl, .json,
     .parquet or .txt."""
@@ -146,6 +152,7 @@ class MixConfig:
     source: Source = MISSING
     """stdlib, text, bins or synthetic."""
     path: str | None = None
+    field: str | None = None
     train: str | None = None
     val: str | None = None
     dir: str | None = None
@@ -195,7 +202,8 @@ class ScheduleConfig:
     floor: float = 0.0
     """Fraction of the peak at the end."""
     budget_seconds: float = 0.0
-    """When set, a run too slow for its steps anneals by the clock and ends at this time."""
+    """When set, a run too slow for its steps anneals by the clock and ends at this time, to which
+    evaluations do not count."""
 
 
 @dataclass

@@ -174,13 +174,14 @@ def _codec(home: Path, meta: Meta) -> tuple[Codec | None, str]:
     known = meta.tokenizer
     if known is None:
         return None, f"'{home / META}' names no tokenizer"
+    if known.file is None and known.name != "bytes":  # no rank asks a hub
+        return None, f"the tokenizer {known.name} does not lie beside '{home / META}'"
     from geon.data.tokenizers import open_codec
 
     try:
         codec = open_codec(str(home / known.file) if known.file else known.name)
     except UsageError as error:
-        beside = "" if known.file else f"no {known.name} lies beside the shards as tokenizer.json: "
-        return None, f"{beside}{error}"
+        return None, str(error)
     if known.fingerprint and codec.fingerprint != known.fingerprint:
         raise UsageError(
             f"the tokenizer {known.file or known.name} is not the one that made the shards: "

@@ -10,7 +10,14 @@ from geon.errors import UsageError
 
 
 class Codec(ABC):
-    """A lossless tokenizer."""
+    """A tokenizer.
+
+    Attributes:
+        vocab_size: ids are below this.
+        eot: id that stands before each document, if there is one.
+        name: what `data.tokenizers.open_codec` opened.
+        fingerprint: SHA-256 of the serialised form.
+    """
 
     vocab_size: int
     eot: int | None = None
@@ -19,15 +26,15 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text."""
+        """Token ids of a text. Names of special tokens in it are text like any other."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> bytes:
-        """Bytes of some token ids; exact for every sequence of ids."""
+        """Bytes of some token ids; exact for every sequence of ids where `token_bytes` is known."""
 
     @abstractmethod
-    def token_bytes(self) -> np.ndarray:
-        """Length in bytes of each token (vocab_size,)."""
+    def token_bytes(self) -> np.ndarray | None:
+        """Length in bytes of each token (vocab_size,), special ones 0; None where it has none."""
 
     @abstractmethod
     def serialise(self) -> str:

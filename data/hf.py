@@ -133,6 +133,32 @@ def open_dataset(where: Where) -> Any:
     return opened
 
 
+def saved(folder: str, field: str) -> Iterator[str]:
+    """Texts of a folder that `save_to_disk` of datasets wrote; they stay on the disk till asked.
+
+    Raises:
+        UsageError: no `datasets` package, a folder that is cut, no text in the field.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"'{folder}' was saved by the 'datasets' package, and needs it: "
+            "pip install -e '.[data]'"
+        ) from None
+    try:
+        rows = datasets.load_from_disk(folder)
+    except Exception as error:  # the libraries below have many
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"'{folder}' cannot be opened: {type(error).__name__}: {reason}") from None
+    if field not in rows.column_names:
+        raise UsageError(
+            f"'{folder}' has no column '{field}': set data.field (--field of prepare_data) to one "
+            f"of {', '.join(rows.column_names)}"
+        )
+    return iter(Reading(rows.select_columns([field]), Where(folder, field=field)))
+
+
 def _arguments(where: Where) -> dict[str, Any]:
     """Arguments of load_dataset."""
     named = {"name": where.subset} if where.subset else {}

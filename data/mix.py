@@ -6,6 +6,7 @@ So the state of a mixture is the step, as of one source, whatever the number of 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -31,9 +32,10 @@ class Schedule:
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        exact = np.array(list(weights.values())) / sum(weights.values()) * SLOTS
-        self.counts = exact.astype(np.int64)
-        rest = np.argsort(self.counts - exact, kind="stable")  # the largest remainder first
+        whole = sum(map(Fraction, weights.values()))
+        exact = [Fraction(weight) * SLOTS / whole for weight in weights.values()]
+        self.counts = np.array([int(count) for count in exact])
+        rest = sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])  # largest first
         self.counts[rest[: SLOTS - int(self.counts.sum())]] += 1
         for name, count in zip(weights, self.counts, strict=True):
             if count == 0:

@@ -70,8 +70,15 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
     if config.source is Source.stdlib:
         corpus = stdlib_corpus(config.val_percent)
     elif config.source is Source.text:
-        known = load_codec(codec) if codec else None
-        corpus = text_corpus(config.path, config.val_percent, config.bpe_vocab, known)
+        corpus = text_corpus(
+            config.path,
+            config.val_percent,
+            config.bpe_vocab,
+            load_codec(codec) if codec and not config.tokenizer else None,
+            open_codec(config.tokenizer) if config.tokenizer else None,
+            config.field,
+            config.skip_undecodable,
+        )
     elif config.source is Source.bins:
         corpus = open_bins(config.train, config.val, config.vocab_size, config.dir, config.dtype)
     elif config.source is Source.mix:
@@ -80,11 +87,14 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
         corpus = sources.stream(config, open_codec(config.tokenizer or "bytes"))
     else:
         corpus = synthetic_corpus(config.vocab_size, config.tokens, config.val_percent, seed)
-    if corpus.vocab_size > config.vocab_size:
+    if config.vocab_size and corpus.vocab_size > config.vocab_size:
         raise UsageError(
             f"data.vocab_size {config.vocab_size} is below the {corpus.vocab_size} ids of "
-            f"{corpus.facts['name']}: set data.vocab_size={corpus.vocab_size}"
+            f"{corpus.facts['name']}: set data.vocab_size={corpus.vocab_size}, or "
+            "0, which takes what there is"
         )
+    if corpus.codec is not None and corpus.codec.token_bytes() is None:
+        corpus.facts["no nats/byte"] = "this tokenizer does not give back exact bytes"
     return corpus
 
 

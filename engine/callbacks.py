@@ -161,7 +161,8 @@ class Evaluator(Callback):
         """Run and log one evaluation."""
         run, ask = trainer.run, self.preemption
         trainer.memory.pause()
-        with explained(run.config, run.predicted, run.parallel.env.rank, "evaluation"):
+        rank = run.parallel.env.rank
+        with trainer.clock_stopped(), explained(run.config, run.predicted, rank, "evaluation"):
             self.last = evaluate(
                 run.parallel,
                 run.corpus,

@@ -57,6 +57,7 @@ def check(
     check_loggers(config.logger)
     check_allowed(config.checkpoint.allow_change, flat(plain(asdict(config))))
     check_output(config)
+    corpus = corpus or count_ids(config, tokenizer)
     check_ids(config)
     make_sharding(config)
     model = build.make_model(config.model)
@@ -71,6 +72,22 @@ def check(
     if corpus.stream is None:  # a stream's is read by the run alone: it may take a while
         check_val(corpus, config.model.context, config.data.val_tokens)
     return Checked(corpus, batches, model, routing)
+
+
+def count_ids(config: Config, tokenizer: Callable[[], str | None] = lambda: None) -> Corpus | None:
+    """Replace a data.vocab_size of 0, and a model.vocab_size that follows it, by the data's.
+
+    Returns: the data, where they had to be read for it.
+
+    Raises:
+        UsageError: missing or bad data.
+    """
+    if config.data.vocab_size:
+        return None
+    corpus = _read_data(config, tokenizer())
+    config.data.vocab_size = corpus.vocab_size
+    config.model.vocab_size = config.model.vocab_size or corpus.vocab_size
+    return corpus
 
 
 def _read_data(config: Config, codec: str | None = None) -> Corpus:

@@ -149,6 +149,7 @@ class History:
             if number in by_number:
                 row = by_number[number].row
                 kept = {k: row[k] for k in ("segment", "started", "resumed", "first", "ranks")}
+                kept |= {k: row.get(k) for k in ("hardware", "commit", "torch")}
                 kept["last"] = int(min(step, last))
                 found.append(kept | {"changed": row.get("changed", {})})
         return found

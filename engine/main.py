@@ -12,7 +12,7 @@ from geon.engine import build, fitting, planning, resume
 from geon.engine.agreement import check_alike, on_main
 from geon.engine.callbacks import Compilation, Evaluator, Progress, Spectrum
 from geon.engine.checkpointer import Checkpointer
-from geon.engine.checks import Checked, check, check_launched
+from geon.engine.checks import Checked, check, check_launched, count_ids
 from geon.engine.curvature import Curvature
 from geon.engine.devices import pick_device
 from geon.engine.evaluate import check_val
@@ -42,8 +42,9 @@ def execute(config: Config, env: Env) -> None:
     if config.mode is Mode.plan:
         if env.main:
             world = config.plan.world_size or env.world
+            corpus = count_ids(config)
             print(planning.report_plan(config, world), flush=True)
-            checked = check(config, world)
+            checked = check(config, world, corpus=corpus)
             if config.data.source is Source.stream and config.plan.format is Format.table:
                 print(f"data, of which nothing was read: {checked.corpus.facts}")
         return

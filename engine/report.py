@@ -1,4 +1,4 @@
-"""The end of a run: sample, pictures, report.json and the table that is printed."""
+"""The end of a run: sample, pictures, card, report.json and the table that is printed."""
 
 import platform
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 
 from geon.engine import history
 from geon.engine.callbacks import Evaluator, write_json
+from geon.engine.card import write_card
 from geon.engine.differences import changed_settings
 from geon.engine.evaluate import Evaluation, val_bytes, val_text, val_windows
 from geon.engine.loggers import reason, say, warn
@@ -21,7 +22,7 @@ _BITS = 1.0 / np.log(2.0)
 
 
 class Report(Callback):
-    """Last callback: writes the sample, pictures and report.json of a finished run."""
+    """Last callback: writes the sample, pictures, card and report.json of a finished run."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
@@ -32,6 +33,7 @@ class Report(Callback):
         if not trainer.run.parallel.env.main:
             return
         facts = self._facts(trainer)
+        write_card(trainer, facts)  # before the report, which says that the run has finished
         write_json(trainer.folder / REPORT, facts)
         try:
             draw(trainer.folder, facts)

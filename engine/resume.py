@@ -81,7 +81,10 @@ def tokenizer(config: Config, env: Env) -> str | None:
     if facts is None:
         return None
     codec, wanted = facts.get("codec"), config.data.bpe_vocab
-    saved = (facts.get("settings") or {}).get("data", {}).get("bpe_vocab")
+    there = (facts.get("settings") or {}).get("data", {})
+    if there.get("tokenizer") or config.data.tokenizer:  # which says what it is by itself
+        return None
+    saved = there.get("bpe_vocab")
     kept = saved == wanted if saved is not None else (codec == "bytes") is (wanted == 0)
     return codec if kept else None
 

@@ -61,7 +61,7 @@ class Trainer:
 
     Attributes:
         step: steps taken, over resumes; with it goes the whole data state.
-        elapsed: seconds of training, over resumes.
+        elapsed: seconds of training, over resumes; evaluations are not counted.
         tokens: those read, over resumes.
         facts: what else the commit file of each checkpoint says of the run, for JSON.
         lr_fraction: share of the peak rates in the last step.
@@ -204,6 +204,18 @@ class Trainer:
             logger.rewind(self.step)
         for callback in self.callbacks:
             callback.on_rewind(self)
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What is done in here takes no time of the training's: `elapsed` does not count it."""
+        device = self.run.parallel.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what the device has still to do is training
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._resumed_at += time.perf_counter() - since
 
     def _read_clock(self) -> None:
         self.elapsed = time.perf_counter() - self._resumed_at

@@ -78,6 +78,13 @@ def _reasons(error: BaseException) -> str:
     return shown(": ".join(dict.fromkeys(lines or [type(error).__name__])), 400)
 
 
+def as_read(text: str) -> str:
+    """An override, which `compose` has taken, as Hydra is to read it."""
+    from geon.configs import overrides as typed
+
+    return typed.as_text(typed.read(text))
+
+
 def jobs(overrides: Sequence[str], folder: Path | None = None) -> list[tuple[str, list[str]]]:
     """Jobs of a multirun: what tells each apart, and its overrides.
 

@@ -271,7 +271,8 @@ def _facts(config: Config) -> str:
     model = build.make_model(config.model)
     routing = build.make_routing(model, config.optim)
     used = {
-        name: (one.lr, one.idle, one.per_head, one.init) for name, one in routing.configs.items()
+        name: (one.lr, one.cooldown, one.idle, one.per_head, one.init)
+        for name, one in routing.configs.items()
     }
     optim = config.optim
     loose = (optim.max_norm, optim.nonfinite, optim.momentum_dtype, optim.record_pairs)

@@ -16,14 +16,13 @@ from geon.data.hub import PUBLIC, list_files
 from geon.data.meta import Meta, ShardFile, SplitMeta, TokenizerMeta, write_meta
 from geon.data.shards import Shard, open_bin
 from geon.data.stamps import top_ids
+from geon.data.tokenizers import FILE, GPT2, open_codec
 from geon.data.web import DownloadError, Patience
 from geon.errors import UsageError
 from geon.launch.env import hub_endpoint
 from geon.scripts.flags import whole
 
 REPO, PATTERN = "kjj0/fineweb10B-gpt2", "*.bin"
-GPT2 = "openai-community/gpt2"
-TOKENIZER = "tokenizer.json"
 _GPT2_IDS, _GPT2_EOT = 50257, 50256
 """Vocabulary of GPT-2 and its <|endoftext|>, which stands before each document of FineWeb."""
 _AHEAD = Patience(tries=4)
@@ -176,26 +175,24 @@ def _tokenizer(
     gpt2 = (_GPT2_IDS, _GPT2_EOT) if name == "gpt2" else (0, None)
     if name == "none":
         return None, *gpt2
-    target, path = folder / TOKENIZER, Path(name).expanduser()
+    target, path = folder / FILE, Path(name).expanduser()
     if path.is_file() and path.resolve() != target.resolve():
         shutil.copyfile(path, target)
     try:
         if not path.is_file():
             _fetch_tokenizer(endpoint, GPT2 if name == "gpt2" else name, folder)
-        from geon.data.tokenizers import open_codec
-
         codec = open_codec(str(target))
     except (DownloadError, UsageError) as error:
         print(f"geon: no tokenizer, so no nats/byte and no samples: {error}", file=sys.stderr)
         return TokenizerMeta(name), *gpt2
     eot = gpt2[1] if codec.eot is None else codec.eot
-    return TokenizerMeta(name, codec.fingerprint, TOKENIZER), codec.vocab_size, eot
+    return TokenizerMeta(name, codec.fingerprint, FILE), codec.vocab_size, eot
 
 
 def _fetch_tokenizer(endpoint: str, repo: str, folder: Path) -> None:
-    _, found = list_files(endpoint, "models", repo, lambda path: path == TOKENIZER, _AHEAD)
+    _, found = list_files(endpoint, "models", repo, lambda path: path == FILE, _AHEAD)
     if not found:
-        raise DownloadError(f"{repo} has no {TOKENIZER}")
+        raise DownloadError(f"{repo} has no {FILE}")
     fetch_all(found, folder, lambda here: None, lambda path: None, 1, _AHEAD)
 
 

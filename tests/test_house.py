@@ -156,7 +156,7 @@ OTHERS_BY_FILE = {"data/bpe.py": "tokenizers", "engine/plots.py": "matplotlib"}
 LAZY_OTHERS = {
     "optim": "pytorch_optimizer",
     "models": "transformers safetensors",
-    "data": "datasets huggingface_hub",
+    "data": "datasets huggingface_hub pyarrow tiktoken zstandard",
     "engine": "wandb deepspeed matplotlib lm_eval transformers safetensors",
     "launch": "hydra omegaconf",
 }

@@ -17,6 +17,7 @@ from geon.data.web import DownloadError, Patience, request
 from geon.errors import UsageError
 from tests.data.hub import COMMIT, Hub, serving
 
+pytestmark = pytest.mark.row("R35")
 QUICK = Patience(tries=4, first=0.01, most=0.02, asked=0.05, timeout=5)
 RNG = np.random.default_rng(0)
 CONTENT = {name: RNG.bytes(3_000_000) for name in ("a_train_1.bin", "a_train_2.bin", "a_val_0.bin")}
@@ -273,8 +274,9 @@ def test_parts_are_beside_their_files(hub, tmp_path):
     assert remote.part(tmp_path).name == f"a_train_1.bin.{remote.digest[:12]}.part"
 
 
-def test_the_hub_of_these_tests_is_one_to_its_own_client(hub):
+def test_the_hub_of_these_tests_is_one_to_its_own_client(hub, monkeypatch):
     hub_client = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # this host is here
     hub.files["notes.json"] = b"{}"
     api = hub_client.HfApi(endpoint=hub.address, token=False)
     rows = api.list_repo_tree(hub.repo, repo_type="dataset", recursive=True, revision=COMMIT)

@@ -186,3 +186,12 @@ def test_reading_a_meta_does_not_need_what_it_names(tmp_path):
     for path in tmp_path.glob("*.bin"):
         path.unlink()
     assert read_meta(tmp_path) == meta
+
+
+def test_a_tokenizer_that_never_lay_there_is_asked_of_no_network(tmp_path, monkeypatch):
+    meta, _, _ = made(tmp_path)
+    monkeypatch.setattr("geon.data.tokenizers.open_codec", None)  # a call would fail
+    write_meta(tmp_path, replace(meta, tokenizer=TokenizerMeta("gpt2")))
+    corpus = opened(tmp_path)
+    assert corpus.codec is None
+    assert "gpt2 does not lie beside" in corpus.facts["no text"]

@@ -129,8 +129,9 @@ def test_kinds_of_files_give_the_same_documents(folder, tmp_path):
 def test_any_codec_gives_its_own_ids_and_its_own_separator(folder, monkeypatch):
     codec = train_bpe("\n".join(TEXTS), 300)
     of = replace(recipe(folder, shuffle=False), codec=codec.serialise())
+    monkeypatch.setattr("geon.data.stream.load_codec", lambda _: codec)
     for eot in (None, 7):
-        monkeypatch.setattr(type(codec), "eot", eot)
+        codec.eot = eot
         before = [] if eot is None else [eot]
         ids = [i for text in TEXTS for i in [*before, *codec.encode(text).tolist()]]
         found = opened(of).windows((len(ids) - 1) // CONTEXT)

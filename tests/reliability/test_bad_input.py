@@ -134,7 +134,7 @@ name=José : in quotes: 'name="..."' | seed=99999999999999999999999 : seed | nam
 name=${output} output=${name} : Recursive interpolation | output=/dev/null : is a file
 output=/proc : cannot be used | parallel=deepspeed_z3 : needs a process group
 optim.hidden.betas=${.lr} : optim.hidden.betas | optim.tied=${.lr} : optim.tied holds keys
-optim.embedding.weight_decay=700 : optim.embedding.weight_decay 700.0 at optim.embedding.lr 0.04
+optim.embedding.weight_decay=700 : optim.embedding.weight_decay 700.0 x optim.embedding.lr 0.04
 schedule.decay=1e-30 : schedule.decay | schedule.budget_seconds=1e-30 : schedule.budget_seconds
 data=text data.tokens=0 data.path=/proc/self/mem : data.path
 optim.overrides=${name} : optim.overrides must be a mapping, got 'run'

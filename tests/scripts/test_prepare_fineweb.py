@@ -20,6 +20,7 @@ from geon.scripts import prepare_fineweb
 from geon.scripts.prepare_data import main
 from tests.data.hub import COMMIT, Hub, serving
 
+pytestmark = pytest.mark.row("R35")
 RNG = np.random.default_rng(0)
 
 
