@@ -139,7 +139,7 @@ def test_a_file_is_read_once_under_any_name(shards):
 @pytest.mark.parametrize("key", ["data.train=x", "data.val=x", "data.dtype=uint16"])
 def test_a_folder_takes_no_globs_and_no_dtype(key):
     kept = [one for one in SMALLEST if one.split("=")[0] not in ("data", "data.tokens")]
-    with pytest.raises(UsageError, match=f"{key} has no effect: .* without data.dir"):
+    with pytest.raises(UsageError, match=f"{key} has no effect with .* without data.dir"):
         compose([*kept, "data=bins", "data.dir=x", key], "train")
 
 
