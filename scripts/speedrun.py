@@ -37,7 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     size = told.size or ("124m" if torch.cuda.is_available() else "tiny")
     name = NAMES[size]
     config, _, jobs = studies.jobs_of(SWEEPS[size], told.overrides)
-    folder = Path(compose(jobs[0].arguments).data.dir)
+    first = compose(jobs[0].arguments)
+    folder = Path(first.data.dir)
     if not (told.read or told.draw or told.dry_run):
         prepare(folder, most_mb=MOST_MB[size])
     if not told.draw:
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         named = dict(zip(done, runs.values(), strict=True))
         target = named[YARDSTICK]["points"][-1]["val_loss"]
         command = studies.command_line(told, f"speedrun --size {size}")
-        facts = studies.meta(command, jobs) | {"steps": config.schedule.steps}
+        facts = studies.meta(command, jobs) | {"steps": first.schedule.steps}
         studies.save(told.out, name, {"meta": facts, **race.verdict(named, target)})
         for job in done.values():
             print(f"card      {job.folder / 'card.md'}")
