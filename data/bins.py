@@ -46,15 +46,15 @@ def open_bins(train: str, val: str, vocab_size: int, folder: str = "", dtype: st
         codec, why = _codec(home, meta)
     else:
         said = "data.vocab_size"
+    shards = {
+        name: [open_bin(path, vocab_size, keys[name], dtype, said) for path in paths]
+        for name, paths in found.items()
+    }
     if not vocab_size:
         raise UsageError(
             "data.vocab_size=0 takes the vocabulary of a meta.json beside the shards, and there is "
             "none: set it, e.g. data.vocab_size=50304 for ids of GPT-2"
         )
-    shards = {
-        name: [open_bin(path, vocab_size, keys[name], dtype, said) for path in paths]
-        for name, paths in found.items()
-    }
     if folder:
         _check_counts(home, meta, shards)
     check_ids([shard for name in SPLITS for shard in shards[name]], vocab_size)
