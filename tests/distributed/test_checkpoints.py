@@ -51,20 +51,32 @@ def test_resume_on_other_ranks_reads_the_same_tokens(tmp_path, first, then):
     assert distance(whole, weights(run)) <= 1e-5
 
 
-def test_a_run_goes_on_in_any_other_layout(tmp_path):
-    """Saved on four ranks, FSDP2 x tensor parallel; read on one to four, laid out otherwise."""
-    batch = "data.batch_tokens=3072"
-    run = train(tmp_path, "run", 4, "parallel=fsdp_tp", batch, *HALF)
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run that was cut back to its half, saved on four ranks, FSDP2 x tensor parallel."""
+    folder = tmp_path_factory.mktemp("half")
+    run = train(folder, "run", 4, "parallel=fsdp_tp", "data.batch_tokens=3072", *HALF)
     whole = weights(run)
     cut_back(run)
-    half = tmp_path / "half"
-    shutil.copytree(run, half)
-    for ranks, layout in ((1, "single"), (2, "ddp"), (2, "tp"), (3, "deepspeed_z3"), (4, "hsdp")):
-        shutil.rmtree(run)
-        shutil.copytree(half, run)
-        train(tmp_path, "run", ranks, f"parallel={layout}", batch, *HALF)
-        assert [r["step"] for r in metrics(run, "train")] == [10, 20]
-        assert distance(whole, weights(run)) <= 1e-5, layout
+    return run, whole
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, "single"),
+        (2, "tp"),
+        *(pytest.param(*one, marks=pytest.mark.slow)
+          for one in ((2, "ddp"), (3, "deepspeed_z3"), (4, "hsdp"))),
+    ],
+)  # fmt: skip
+def test_a_run_goes_on_in_any_other_layout(half, tmp_path, ranks, layout):
+    saved, whole = half
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    train(tmp_path, "run", ranks, f"parallel={layout}", "data.batch_tokens=3072", *HALF)
+    assert [r["step"] for r in metrics(run, "train")] == [10, 20]
+    assert distance(whole, weights(run)) <= 1e-5
 
 
 def test_what_deepspeed_saves_is_read_by_others(tmp_path):
