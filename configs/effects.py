@@ -75,7 +75,9 @@ def _has_members(config: Config, place: str) -> bool:
     model = config.model
     tied = model.arch is Arch.gpt2 or model.tied
     vectors = model.arch is not Arch.gpt or model.gains
-    return {"optim.head": not tied, "optim.tied": tied, "optim.rest": vectors}.get(place, True)
+    own = not model.tied  # gpt2's positions are an embedding, whatever its head
+    roles = {"embedding": own, "head": not tied, "tied": tied, "rest": vectors}
+    return roles.get(place.removeprefix("optim."), True)
 
 
 def _globs(config: Config) -> bool:

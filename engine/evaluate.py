@@ -67,8 +67,8 @@ def val_windows(corpus: Corpus, context: int, val_tokens: int) -> int:
     if windows < 1:
         raise UsageError(
             f"{corpus.val.name}: data.val_tokens {val_tokens} of {len(corpus.val)} tokens do not "
-            f"fill one window of model.context {context}: keep more (data.val_percent, data.val), "
-            "or lower model.context"
+            f"fill one window of model.context {context}: keep more (data.val_percent, data.val, "
+            "data.tokens), or lower model.context"
         )
     return windows
 

@@ -55,7 +55,13 @@ def compose(overrides: Sequence[str], program: str = "", folder: Path | None = N
             raise UsageError(f"config: {_reasons(error)}") from None
 
     found = composed(words)
-    config = check.resolve(found)
+    try:
+        config = check.resolve(found)
+    except UsageError as error:
+        refers = [word for word in words if "${" in word]
+        if refers and "nterpolation" in str(error):  # it may fail at another key, which follows
+            raise UsageError(f"{error} Typed: {shown(', '.join(refers))}") from None
+        raise
     if program:
         raw = OmegaConf.to_container(found, resolve=False)
         options = typed.groups(folder) if folder else {}
