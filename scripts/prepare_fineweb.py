@@ -53,30 +53,11 @@ def add_fineweb(subparsers: Any) -> None:
     )
     parser.add_argument("--endpoint", default=None, help=f"hub, or HF_ENDPOINT (default {PUBLIC})")
     parser.add_argument("--jobs", type=whole(1, 32), default=4, help="files at a time (default 4)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept="what was fetched is kept")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Fetch, and write meta.json; returns an exit status."""
-    try:
-        _run(args)
-    except DownloadError as error:
-        print(f"geon: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        place = error.filename or args.out
-        print(f"geon: error: '{place}': {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "\ngeon: stopped; what was fetched is kept, run the same command again to go on",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Fetch, and write meta.json."""
     endpoint = args.endpoint or hub_endpoint() or PUBLIC
     known = args.repo == REPO
     tokenizer = args.tokenizer or ("gpt2" if known else "none")

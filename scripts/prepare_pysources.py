@@ -40,13 +40,12 @@ def add_pysources(subparsers: Any) -> None:
     parser.add_argument(
         "--most-mb", type=whole(1, 10**5), default=0, help="stop after so many MB of text (all)"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept="")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Make the shards, unless they are there."""
     prepare(args.out, args.vocab, args.most_mb)
-    return 0
 
 
 def prepare(out: Path, vocab: int = VOCAB, most_mb: int = 0) -> None:

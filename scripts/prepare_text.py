@@ -2,11 +2,9 @@
 
 import argparse
 import contextlib
-import errno
 import os
 import re
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -75,29 +73,11 @@ def add_tokenize(subparsers: Any) -> None:
         default="auto",
         help="never removes what an earlier command made in OUT (default auto: goes on)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept="what is done is kept")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Tokenize; returns an exit status."""
-    try:
-        _run(args)
-    except OSError as error:
-        words = f"'{error.filename or args.out}': {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            words += "; what is done is kept: make room, and run the same command again to go on"
-        print(f"geon: error: {words}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "\ngeon: stopped; what is done is kept, run the same command again to go on",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Tokenize."""
     folder = args.out.expanduser()
     for source in args.sources:
         root = Path(source).expanduser()
