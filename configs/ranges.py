@@ -88,6 +88,8 @@ RANGES: dict[str, Test] = {
     "model.head_dim": not_negative(2**17),
     "optim.name": line(128, empty=False),
     "optim.lr": not_negative(1e30),
+    "optim.lr_at.tokens": not_negative(10**18),
+    "optim.lr_at.batch_tokens": not_negative(10**18),
     "optim.overrides": ANY,
     "optim.max_norm": not_negative(1e6),
     "optim.polar.coefficients": line(40, empty=False),

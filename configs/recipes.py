@@ -104,12 +104,23 @@ class SolverConfig:
 
 
 @dataclass
+class RunSize:
+    """Size of a run."""
+
+    tokens: int = 0
+    batch_tokens: int = 0
+
+
+@dataclass
 class OptimConfig:
     """A rule for each role."""
 
     name: str = MISSING
     lr: float = MISSING
     """One number for a sweep to move: the roles' rates follow it by interpolation."""
+    lr_at: RunSize = field(default_factory=RunSize)
+    """The run that optim.lr is the best rate of. Given, optim.lr is carried from there to this
+    run's tokens and batch (configs/rate.py); zeros take it as it is."""
     hidden: RuleConfig = field(default_factory=RuleConfig)
     embedding: RuleConfig = field(default_factory=RuleConfig)
     head: RuleConfig = field(default_factory=RuleConfig)
@@ -166,7 +177,13 @@ def read(
     for key, value in changes.items():
         OmegaConf.update(content, f"optim.{key}", value)
     resolved: Any = OmegaConf.to_container(content, resolve=True)
-    return with_overrides(fill(OptimConfig, resolved["optim"], prefix="optim."))
+    found = with_overrides(fill(OptimConfig, resolved["optim"], prefix="optim."))
+    if found.lr_at != RunSize():
+        raise UsageError(
+            f"settings: optim.lr_at {found.lr_at.tokens}, {found.lr_at.batch_tokens}: the size of "
+            "a run is known to train.py only; give lr=carried_rate(...) of geon.configs.rate"
+        )
+    return found
 
 
 def _is_free(key: str) -> bool:

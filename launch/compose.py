@@ -33,6 +33,7 @@ def compose(overrides: Sequence[str], program: str = "", folder: Path | None = N
     from geon.configs import check, effects, schema
     from geon.configs import overrides as typed
     from geon.configs.folder import check_folder
+    from geon.configs.rate import carry_rate
 
     schema.register()
     if folder:
@@ -56,6 +57,7 @@ def compose(overrides: Sequence[str], program: str = "", folder: Path | None = N
 
     found = composed(words)
     try:
+        carry_rate(found)
         config = check.resolve(found)
     except UsageError as error:
         refers = [word for word in words if "${" in word]

@@ -5,9 +5,10 @@ python -m geon.scripts.evidence --sweep evidence_124m    # one GPU
 python -m geon.scripts.evidence --read                   # the table of what has finished
 
 Every arm of the sweep is given as many short runs as the others, under one seed: its grid of
-rates, at the grid's schedule.steps; at the best of them the rates of embedding and head halved and doubled; at the best of these
-no weight decay and three times it, or half and twice the radius where there is none. What is best
-runs at full length with three seeds. Writes results/<sweep>.json and <sweep>.png after every arm.
+rates, at the grid's schedule.steps; at the best of them the rates of embedding and head halved and
+doubled; at the best of these no weight decay and three times it, or half and twice the radius where
+there is none. What is best runs with three seeds at the schedule.steps of the sweep's overrides.
+Writes results/<sweep>.json and <sweep>.png after every arm.
 """
 
 import argparse
