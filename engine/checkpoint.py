@@ -23,6 +23,7 @@ from geon.engine.reading import TensorReader
 from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
 from geon.optim import HybridOptimizer
+from geon.optim.rounding import COUNT
 
 LATEST = "latest"
 
@@ -248,11 +249,14 @@ def _load(checkpoint: Path, wanted: dict[str, Tensor], alone: bool) -> None:
         saved = reader.read_metadata().state_dict_metadata
     except OSError as error:
         raise UsageError(f"'{checkpoint}' cannot be read: {error}") from None
-    if missing := sorted(set(wanted) - set(saved)):
+    # Momenta that rested in fp32, or in bf16 before 2026-12, come without a count of roundings.
+    counts = {name for name in wanted if name.endswith(f".{COUNT}")}
+    if missing := sorted(set(wanted) - set(saved) - counts):
         raise UsageError(
             f"'{checkpoint}' lacks '{missing[0]}' and {len(missing) - 1} more tensors: it was "
             "written with another optim group; set it alike, or checkpoint.resume=never"
         )
+    wanted = {name: own for name, own in wanted.items() if name in saved}
     for name, own in wanted.items():
         if saved[name].size != own.shape:
             raise UsageError(

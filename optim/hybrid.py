@@ -41,7 +41,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     last bit, and momenta are averaged on; a step of zero gradients at lr 0, by which
     torch.distributed.checkpoint makes state, changes nothing.
 
-    State is {"momentum"} and row states for steepest rules, torch's own keys for AdamW, made for
+    State is {"momentum"} and row states for steepest rules ("step" too if momenta rest in bf16, to
+    count their roundings), torch's own keys for AdamW, made for
     trained parameters at once, or on several ranks that do not say how these lie, when they do; a
     DTensor's state is a DTensor. `state_dict` names parameters, and `load_state_dict` matches them
     by name, with or without "module." and "_orig_mod.", keeps the dtypes that this optimizer was
@@ -56,7 +57,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         (DDP), whose work is then split. DTensors bring their own.
     max_norm: clip the gradients of element-wise groups to this global 2-norm within `step`; 0
         never. Steepest directions do not depend on the length of the gradient.
-    momentum: dtype that the momenta of steepest rules rest in between steps.
+    momentum: dtype that the momenta of steepest rules rest in between steps: fp32, or bf16, rounded
+        by chance (`optim/rounding.py`).
     nonfinite: what a gradient with nan or infinity does. raise: FloatingPointError on every rank,
         with nothing changed. skip: leave out the step, counted in `skipped`. ignore: do not look.
     watch: what else is looked at: the loss, weights and state after a step, spikes.
@@ -319,7 +321,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         if (go := self._judge(active)) is not Verdict.GO:
             self.skipped += go is Verdict.SKIP
             return loss
-        step = Step(self.ranks.rank, self._sharding.reproducible, self.readings)
+        alone = self._sharding.reproducible
+        step = Step(self.ranks.rank, alone, self.readings, self.layouts)
         for one in everyone:
             if isinstance(one.rule, Rule):
                 step.fold(one, self.state)

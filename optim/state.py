@@ -10,6 +10,7 @@ from torch import Tensor
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
 from geon.optim.roles import ParamInfo
+from geon.optim.rounding import COUNT
 from geon.optim.rule import Rule
 from geon.optim.step import WORK
 from geon.optim.storage import lay, whole
@@ -35,11 +36,18 @@ def new_state(
     columns.
 
     momentum: dtype that the momenta of steepest rules rest in.
+
+    Raises:
+        UsageError: momenta that are neither fp32 nor bf16.
     """
     if not isinstance(rule, Rule):
         return rule.new_state(param)
+    if momentum not in (WORK, torch.bfloat16):
+        raise UsageError(f"momentum={momentum}: momenta rest in torch.float32 or torch.bfloat16")
     like = torch.zeros_like(param, dtype=momentum, requires_grad=False)
     state: dict[str, Any] = {"momentum": like}
+    if momentum != WORK:
+        state[COUNT] = torch.zeros((), dtype=WORK, device=param.device)
     blocks = info.blocks(per_head) if rule.row_states else ()
     rows = blocks[-1].states[1] if blocks else 0
     across = per_head and info.head_axis == 1 and info.heads and not info.splits
@@ -149,12 +157,16 @@ def fill(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     Raises:
         UsageError: other keys, or other shapes.
     """
-    if own.keys() != saved.keys():
+    # Momenta that rested in fp32 were never rounded, or were before 2026-12 without a count.
+    free = {COUNT} if "momentum" in own else set()
+    if own.keys() - free != saved.keys() - free:
         raise UsageError(
             f"parameter '{name}': the state dict has {', '.join(sorted(saved)) or 'nothing'}, "
             f"expected {', '.join(sorted(own))}: it was written by another rule"
         )
     for key, tensor in own.items():
+        if key not in saved:
+            continue
         given = torch.as_tensor(saved[key])
         if given.shape != tensor.shape:
             raise UsageError(

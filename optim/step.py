@@ -22,9 +22,11 @@ from geon.optim.health import (
     examined,
     reduced,
 )
+from geon.optim.pieces import grad_of, local, view
 from geon.optim.readings import Readings
+from geon.optim.rounding import COUNT, Box, round_by_chance
 from geon.optim.rule import Rule
-from geon.optim.shard import Job, Matrix, Piece, Ranks
+from geon.optim.shard import Job, Layout, Matrix, Piece, Ranks
 from geon.optim.views import Form
 
 WORK = torch.float32
@@ -47,29 +49,6 @@ def check_lr(lr: Any, where: str, rule: Rule | EntryRule) -> float:
             f"must be at most {rule.manifold.most_angle:g} (a turn is 6.3)"
         )
     return value
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's piece of a DTensor; a plain tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
-
-
-def grad_of(param: Tensor) -> Tensor:
-    """This rank's piece of a gradient, laid out like its parameter; a sparse one made dense."""
-    grad: Any = param.grad
-    if grad.is_sparse:
-        return grad.to_dense()
-    placements = getattr(param, "placements", None)
-    if placements is not None and grad.placements != placements:
-        grad = grad.redistribute(placements=placements)
-    return local(grad).contiguous()
-
-
-def view(stored: Tensor, piece: Piece) -> Tensor:
-    """A piece of a rank's contiguous storage as a matrix; no copy."""
-    offset = stored.storage_offset() + piece.offset
-    return stored.as_strided(piece.region.shape, (piece.stride, 1), offset)
 
 
 def signature(param: Any) -> tuple[Any, ...]:
@@ -257,8 +236,10 @@ class Step:
         lrs: by route; a route at 0 is not written.
     """
 
-    def __init__(self, rank: int, alone: bool, readings: Readings) -> None:
-        self.rank, self.alone = rank, alone
+    def __init__(
+        self, rank: int, alone: bool, readings: Readings, layouts: Mapping[str, Layout]
+    ) -> None:
+        self.rank, self.alone, self._layouts = rank, alone, layouts
         self.updates: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self.moving: set[str] = set()
@@ -286,7 +267,8 @@ class Step:
             buffers = [buffer.to(WORK) for buffer in held]  # the same tensors where they are fp32
             found = rule.average_all(grads, buffers)
             if held[0].dtype != WORK:
-                torch._foreach_copy_(held, buffers)
+                params = [*one.params, *(param for _, param in one.coasting)]
+                self._rest(names, [state[param][COUNT] for param in params], held, buffers)
             self.updates.update(zip(names, found, strict=True))
             self.moving.update(names)
         for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -297,6 +279,23 @@ class Step:
                 self.updates[name] = local(state[param]["momentum"]).to(WORK)
             if rule.row_states:
                 self._rows[name] = [state[param][key] for key in rule.row_states]
+
+    def _rest(
+        self,
+        names: Sequence[str],
+        counts: Sequence[Tensor],
+        held: Sequence[Tensor],
+        averages: Sequence[Tensor],
+    ) -> None:
+        """Leave averages in momenta that rest in bf16."""
+        round_by_chance(
+            [
+                Box(name, count, piece.region, view(average, piece), view(own, piece))
+                for name, count, own, average in zip(names, counts, held, averages, strict=True)
+                for piece in self._layouts[name].pieces(self.rank)
+            ]
+        )
+        torch._foreach_add_(list(counts), 1)  # alike on ranks that hold none of it
 
     def moves(self, matrix: Matrix) -> bool:
         """Whether the matrix has a gradient."""

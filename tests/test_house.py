@@ -83,8 +83,8 @@ def imports():
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
 PARTS = "adamw baselines builder costs declare entries families foreign groups health hybrid linalg"
-PARTS += " last_layers matrices place readings roles router routing rule state step storage tree"
-PARTS += " finishes manifolds norms polar shard solvers views words"
+PARTS += " last_layers matrices pieces place readings roles rounding router routing rule state step"
+PARTS += " storage tree finishes manifolds norms polar shard solvers views words"
 PARTS = " ".join(f"optim.{part}" for part in PARTS.split())
 ARROWS = {
     "geon": "",
@@ -116,12 +116,15 @@ ARROWS = {
     "optim.builder": "configs.choices configs.recipes optim.foreign optim.groups optim.hybrid"
     " optim.roles optim.routing optim.shard optim.tree",
     "optim.entries": "",
-    "optim.adamw": "optim.entries optim.step",
+    "optim.adamw": "optim.entries optim.pieces",
     "optim.baselines": "optim.entries",
     "optim.readings": "optim.rule optim.solvers",
-    "optim.step": "optim.entries optim.health optim.readings optim.rule optim.shard optim.views",
-    "optim.storage": "optim.shard optim.step",
-    "optim.state": "optim.entries optim.roles optim.rule optim.step optim.storage",
+    "optim.pieces": "optim.shard",
+    "optim.rounding": "optim.shard optim.tree",
+    "optim.step": "optim.entries optim.health optim.pieces optim.readings optim.rounding optim.rule"
+    " optim.shard optim.views",
+    "optim.storage": "optim.pieces optim.shard",
+    "optim.state": "optim.entries optim.roles optim.rounding optim.rule optim.step optim.storage",
     "optim.matrices": "optim.costs optim.entries optim.norms optim.roles optim.rule optim.shard",
     "optim.groups": "optim.entries optim.matrices optim.norms optim.roles optim.rule optim.shard"
     " optim.step optim.storage",
@@ -140,7 +143,6 @@ ALONE = {f"configs.{name}" for name in ("changes", "choices", "recipes", "schema
 ALONE |= {"launch.env", "launch.signals"}
 LAZY_ARROWS = {"launch": "configs configs.changes configs.schema"}
 ONLY_NAMES = {("optim.shard", "optim.norms"): {"Reach"}}
-
 # Other packages: at the top of a file, and inside functions.
 OTHERS = {
     "optim": "torch",
@@ -148,9 +150,7 @@ OTHERS = {
     "data": "torch numpy",
     "configs": "hydra omegaconf yaml",
     "engine": "torch numpy omegaconf tqdm",
-    "launch": "",
     "train.py": "hydra omegaconf",
-    "geon": "",
 }
 OTHERS_BY_FILE = {"data/bpe.py": "tokenizers", "engine/plots.py": "matplotlib"}
 LAZY_OTHERS = {
