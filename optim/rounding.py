@@ -24,7 +24,7 @@ COUNT = "step"
 """Key of the state that counts roundings: a number of no dimensions, in fp32 like torch's own."""
 _WORD = 0xFFFFFFFF
 _NAN = 0x7FC00000
-"""Bits of a nan, above those of every number. A GPU's nan has larger ones, and would run over to -0."""
+"""Bits of a nan, above those of every number. A GPU has larger ones, which would run over to -0."""
 
 
 class Box(NamedTuple):
