@@ -34,7 +34,7 @@ def scratch_bytes(
 ) -> int:
     """Most bytes that a rank needs at a time in HybridOptimizer.step, on a kind of device."""
     layouts = planned_layouts(model, config.parallel, world)
-    updates, largest = 0, 0
+    updates, largest, rounding = 0, 0, 0
     half = MOMENTA[config.optim.momentum_dtype] != "float32"
     for info in model.infos:
         rule, words = routing.rule(info), max(holding(layouts[info.name]).words)
@@ -42,11 +42,12 @@ def scratch_bytes(
             # Averaged gradients are tensors of their own under Nesterov's rule, and beside bf16
             # momenta, which are widened.
             updates += words * FP32 * (rule.nesterov + half)
+            rounding = max(rounding, words * FP32 * half)  # chance, before anything is sent
         else:
             largest = max(largest, words * FP32)
     # AdamW's kernel for a CPU has temporaries of one parameter; the fused one of a GPU has none.
     entries = 3 * largest if kind == "cpu" else 0
-    return updates + max(_buckets(plan, routing), entries)
+    return updates + max(_buckets(plan, routing), entries, rounding)
 
 
 def _buckets(plan: Plan, routing: Routing) -> int:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from geon.errors import UsageError
@@ -215,6 +215,29 @@ def warm_up(kind):
     return far(net, optimizer, twin, other)
 
 
+def bf16_momenta(kind):
+    """By rows, by columns and copied, momenta are those of one process, bit by bit."""
+    half = {"momentum": torch.bfloat16}
+    twin = Net(kind)
+    other = HybridOptimizer([group(twin)], **half)
+    train(twin, other, range(4))
+    wanted, found = snap(twin, other), 0.0
+    for lies in ("rows", "columns", "copies"):
+        if lies == "copies":
+            net = Net(kind)
+            optimizer = HybridOptimizer([group(net)], mesh=init_device_mesh("cpu", (2,)), **half)
+        else:
+            axis = {"rows": 0, "columns": -1}[lies]
+            net = fully_shard(Net(kind), shard_placement_fn=lambda p, a=axis: Shard(a % p.ndim))
+            optimizer = HybridOptimizer([group(net)], **half)
+        steps(net, optimizer, range(4))
+        for key, value in optimizer.state_tensors().items():
+            if key.endswith((".momentum", ".step")):
+                assert torch.equal(whole(value), wanted[key]), (lies, key)
+        found = max(found, far(net, optimizer, twin, other))
+    return found
+
+
 def off_manifold(kind):
     """Weights off their manifold are refused on every rank, and brought there on every rank."""
     net = fully_shard(Net("muon"))
@@ -233,7 +256,7 @@ def off_manifold(kind):
 
 
 CASES = [default_mesh, backward, frozen_sharded, made_before, ddp, copies, nonfinite, saved]
-CASES += [warm_up, off_manifold]
+CASES += [warm_up, bf16_momenta, off_manifold]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

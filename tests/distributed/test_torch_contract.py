@@ -9,7 +9,7 @@ from tests.optim.contract import RULES
 
 pytestmark = pytest.mark.dist
 CASES = ["default_mesh", "backward", "frozen_sharded", "made_before", "ddp", "copies"]
-CASES += ["nonfinite", "saved", "warm_up"]
+CASES += ["nonfinite", "saved", "warm_up", "bf16_momenta"]
 
 
 @functools.cache
