@@ -18,7 +18,8 @@ from geon.engine.loggers import say
 from geon.engine.metrics import peak_flops
 from geon.engine.preemption import Preemption
 from geon.engine.trainer import Callback, Trainer
-from geon.optim import Role, Rule, block_scale
+from geon.optim import HybridOptimizer, Role, Rule, block_scale
+from geon.optim.pieces import local
 
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -88,6 +89,7 @@ class Progress(Callback):
             "optimizer_bytes_sent": run.optimizer.exchange.bytes_sent,
             "flops_per_second": rate * run.model.flops_per_token(),
             "peak_memory_bytes": trainer.memory.read(),
+            "state_bytes_per_parameter": _state_bytes(run.optimizer),
         }
         if trainer.health.skipped:
             record["skipped"] = trainer.health.skipped
@@ -117,6 +119,12 @@ class Progress(Callback):
         """Close the progress bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _state_bytes(optimizer: HybridOptimizer) -> float:
+    """Bytes of optimizer state over parameters, of what this rank holds of either."""
+    held = sum(local(param).numel() for _, param in optimizer.named_parameters())
+    return optimizer.state_bytes() / max(1, held)
 
 
 class Compilation(Callback):

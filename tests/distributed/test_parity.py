@@ -82,6 +82,7 @@ def test_ranks_give_the_weights_of_one_process_after_20_steps(
         ("gpt", []),
         pytest.param("gpt2", [], marks=pytest.mark.slow),
         ("gpt", ["optim.hidden.per_head=true"]),
+        pytest.param("gpt", ["optim.momentum_dtype=bf16"], marks=pytest.mark.slow),
     ],
 )
 def test_sharding_the_optimizer_changes_no_bit(tmp_path, model, more):
