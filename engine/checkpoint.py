@@ -23,7 +23,7 @@ from geon.engine.reading import TensorReader
 from geon.errors import UsageError
 from geon.models import MODELS, LanguageModel, ModelShape
 from geon.optim import HybridOptimizer
-from geon.optim.rounding import COUNT
+from geon.optim.rounding import DRAWS
 
 LATEST = "latest"
 
@@ -250,7 +250,7 @@ def _load(checkpoint: Path, wanted: dict[str, Tensor], alone: bool) -> None:
     except OSError as error:
         raise UsageError(f"'{checkpoint}' cannot be read: {error}") from None
     # Momenta that rested in fp32, or in bf16 before 2026-12, come without a count of roundings.
-    counts = {name for name in wanted if name.endswith(f".{COUNT}")}
+    counts = {name for name in wanted if name.endswith(f".{DRAWS}")}
     if missing := sorted(set(wanted) - set(saved) - counts):
         raise UsageError(
             f"'{checkpoint}' lacks '{missing[0]}' and {len(missing) - 1} more tensors: it was "

@@ -8,6 +8,7 @@ from geon.engine.parallel import planned_layouts
 from geon.models import LanguageModel
 from geon.optim import Rule
 from geon.optim.manifolds import DGram, SpectralSphere, Sphere
+from geon.optim.rounding import MOST
 from geon.optim.routing import Routing
 from geon.optim.shard import Job, Plan, holding
 
@@ -34,7 +35,7 @@ def scratch_bytes(
 ) -> int:
     """Most bytes that a rank needs at a time in HybridOptimizer.step, on a kind of device."""
     layouts = planned_layouts(model, config.parallel, world)
-    updates, largest, rounding = 0, 0, 0
+    updates, largest, rounded, most = 0, 0, 0, MOST
     half = MOMENTA[config.optim.momentum_dtype] != "float32"
     for info in model.infos:
         rule, words = routing.rule(info), max(holding(layouts[info.name]).words)
@@ -42,12 +43,13 @@ def scratch_bytes(
             # Averaged gradients are tensors of their own under Nesterov's rule, and beside bf16
             # momenta, which are widened.
             updates += words * FP32 * (rule.nesterov + half)
-            rounding = max(rounding, words * FP32 * half)  # chance, before anything is sent
+            rounded, most = rounded + words * half, max(most, words)
         else:
             largest = max(largest, words * FP32)
     # AdamW's kernel for a CPU has temporaries of one parameter; the fused one of a GPU has none.
     entries = 3 * largest if kind == "cpu" else 0
-    return updates + max(_buckets(plan, routing), entries, rounding)
+    chance = min(rounded, most) * FP32  # before anything is sent
+    return updates + max(_buckets(plan, routing), entries, chance)
 
 
 def _buckets(plan: Plan, routing: Routing) -> int:

@@ -41,7 +41,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     last bit, and momenta are averaged on; a step of zero gradients at lr 0, by which
     torch.distributed.checkpoint makes state, changes nothing.
 
-    State is {"momentum"} and row states for steepest rules ("step" too if momenta rest in bf16, to
+    State is {"momentum"} and row states for steepest rules ("draws" too if momenta rest in bf16, to
     count their roundings), torch's own keys for AdamW, made for
     trained parameters at once, or on several ranks that do not say how these lie, when they do; a
     DTensor's state is a DTensor. `state_dict` names parameters, and `load_state_dict` matches them

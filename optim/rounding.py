@@ -20,9 +20,13 @@ from torch import Tensor
 from geon.optim.shard import Region
 from geon.optim.tree import bare
 
-COUNT = "step"
-"""Key of the state that counts roundings: a number of no dimensions, in fp32 like torch's own."""
+DRAWS = "draws"
+"""Key of the state that counts roundings, from a start of the parameter's own (`first_draw`)."""
+MOST = 2**24
+"""Entries that are rounded at once, unless one box has more: what chance takes is 4 bytes each."""
 _WORD = 0xFFFFFFFF
+_COLUMNS = 1 << 31
+"""What tells a column from the row of its number."""
 _NAN = 0x7FC00000
 """Bits of a nan, above those of every number. A GPU has larger ones, which would run over to -0."""
 
@@ -31,18 +35,21 @@ class Box(NamedTuple):
     """A box of a momentum that is about to be rounded.
 
     Attributes:
-        name: of the parameter.
-        times: how often the momentum was rounded before; no dimensions.
+        draws: the parameter's count of roundings, before this one.
         region: of the parameter, seen as a matrix.
         average: (rows, cols), fp32.
         held: (rows, cols), bf16: takes the rounded average.
     """
 
-    name: str
-    times: Tensor
+    draws: Tensor
     region: Region
     average: Tensor
     held: Tensor
+
+
+def first_draw(name: str, device: torch.device) -> Tensor:
+    """The count of a momentum that was not rounded yet, int64: a hash of the name times 2^31."""
+    return torch.full((), crc32(bare(name).encode()) << 31, dtype=torch.int64, device=device)
 
 
 def round_by_chance(boxes: Sequence[Box]) -> None:
@@ -50,30 +57,57 @@ def round_by_chance(boxes: Sequence[Box]) -> None:
 
     Numbers of bf16 stay as they are; infinities and nan too.
     """
-    words = _words(boxes)
-    for box, rows, cols in zip(boxes, words[::2], words[1::2], strict=True):
+    batches = _batches(boxes)
+    for batch, (rows, cols) in zip(batches, _words(batches), strict=True):
         # The upper half of a product of two odd numbers, each of all 2^31: uniform, and of any
         # three entries independent. A sum would be cheaper, and a matrix of low rank, which a polar
         # factor would lift above everything else. Products of int32 wrap around.
-        chance = rows[:, None] * cols
+        chance = rows[:, :, None] * cols[:, None, :]
         chance.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-        chance.add_(box.average.view(torch.int32).clamp_(max=_NAN)).bitwise_and_(~0xFFFF)
-        box.held.copy_(chance.view(torch.float32))
+        bits = [box.average.view(torch.int32) for box in batch]
+        torch._foreach_clamp_max_(bits, _NAN)
+        torch._foreach_add_(list(chance.unbind()), bits)
+        chance.bitwise_and_(~0xFFFF)
+        rounded = chance.view(torch.float32)
+        torch._foreach_copy_([box.held for box in batch], list(rounded.unbind()))
 
 
-def _words(boxes: Sequence[Box]) -> list[Tensor]:
-    """Odd int32 hashes of the rows of each box, and of its columns, one after the other."""
-    if not boxes:
-        return []
-    places, times = list[Tensor](), list[Tensor]()
+def _batches(boxes: Sequence[Box]) -> list[list[Box]]:
+    """Boxes of one shape together, as many as MOST lets."""
+    batches: list[list[Box]] = []
+    last: dict[tuple[int, int], list[Box]] = {}
     for box in boxes:
-        for axis, (start, stop) in zip("rc", (box.region.rows, box.region.cols), strict=True):
-            seed = crc32(f"{axis} {bare(box.name)}".encode())
-            places.append(torch.arange(seed + start, seed + stop, device=box.held.device))
-            times.append(box.times.expand(stop - start))
-    mixed = _mixed(_mixed(torch.cat(places) & _WORD) ^ _mixed(torch.cat(times).long()))
-    lengths = [len(place) for place in places]
-    return list(torch.split((mixed | 1).to(torch.int32), lengths))
+        shape = box.region.shape
+        batch = last.get(shape)
+        if batch is None or (len(batch) + 1) * box.region.numel > MOST:
+            batch = last[shape] = []
+            batches.append(batch)
+        batch.append(box)
+    return batches
+
+
+def _words(batches: Sequence[Sequence[Box]]) -> list[tuple[Tensor, Tensor]]:
+    """Odd int32 hashes of the rows (boxes, rows) and columns (boxes, cols) of each batch."""
+    places, draws, shapes = list[Tensor](), list[Tensor](), list[tuple[int, int]]()
+    known: dict[tuple[int, int], Tensor] = {}
+    for batch in batches:
+        for axis in (0, 1):
+            for box in batch:
+                start, stop = (box.region.rows, box.region.cols)[axis]
+                span = start + axis * _COLUMNS, stop + axis * _COLUMNS
+                if span not in known:
+                    known[span] = torch.arange(*span, device=box.held.device)
+                places.append(known[span])
+                draws.append(box.draws.expand(stop - start))
+            shapes.append((len(batch), stop - start))
+    if not places:
+        return []
+    drawn = torch.cat(draws)
+    keys = _mixed(_mixed(drawn & _WORD) ^ (drawn >> 32))
+    words = (_mixed(_mixed(torch.cat(places)) ^ keys) | 1).to(torch.int32)
+    cut = torch.split(words, [count * length for count, length in shapes])
+    found = [own.view(shape) for own, shape in zip(cut, shapes, strict=True)]
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 def _mixed(words: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
 from geon.optim.roles import ParamInfo
-from geon.optim.rounding import COUNT
+from geon.optim.rounding import DRAWS, first_draw
 from geon.optim.rule import Rule
 from geon.optim.step import WORK
 from geon.optim.storage import lay, whole
@@ -47,7 +47,7 @@ def new_state(
     like = torch.zeros_like(param, dtype=momentum, requires_grad=False)
     state: dict[str, Any] = {"momentum": like}
     if momentum != WORK:
-        state[COUNT] = torch.zeros((), dtype=WORK, device=param.device)
+        state[DRAWS] = first_draw(info.name, param.device)
     blocks = info.blocks(per_head) if rule.row_states else ()
     rows = blocks[-1].states[1] if blocks else 0
     across = per_head and info.head_axis == 1 and info.heads and not info.splits
@@ -158,7 +158,7 @@ def fill(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         UsageError: other keys, or other shapes.
     """
     # Momenta that rested in fp32 were never rounded, or were before 2026-12 without a count.
-    free = {COUNT} if "momentum" in own else set()
+    free = {DRAWS} if "momentum" in own else set()
     if own.keys() - free != saved.keys() - free:
         raise UsageError(
             f"parameter '{name}': the state dict has {', '.join(sorted(saved)) or 'nothing'}, "

@@ -24,7 +24,7 @@ from geon.optim.health import (
 )
 from geon.optim.pieces import grad_of, local, view
 from geon.optim.readings import Readings
-from geon.optim.rounding import COUNT, Box, round_by_chance
+from geon.optim.rounding import DRAWS, Box, round_by_chance
 from geon.optim.rule import Rule
 from geon.optim.shard import Job, Layout, Matrix, Piece, Ranks
 from geon.optim.views import Form
@@ -138,8 +138,8 @@ def glance(
     alike = defaultdict(list)
     for _, _, own in watch.held:
         alike[own.dtype].append(own)
-    norms = [norm.float() for some in alike.values() for norm in torch._foreach_norm(some)]
-    watch.pending = torch.stack(norms).sum() if norms else None
+    norms = [torch.stack(torch._foreach_norm(some)).float() for some in alike.values()]
+    watch.pending = torch.cat(norms).sum() if norms else None
 
 
 def judge(
@@ -264,11 +264,14 @@ class Step:
             grads.append(torch.zeros_like(held[-1], dtype=WORK))
         names = [*one.names, *(name for name, _ in one.coasting)]
         if names:
-            buffers = [buffer.to(WORK) for buffer in held]  # the same tensors where they are fp32
+            buffers = held
+            if held[0].dtype != WORK:
+                buffers = [torch.empty_like(own, dtype=WORK) for own in held]
+                torch._foreach_copy_(buffers, held)
             found = rule.average_all(grads, buffers)
             if held[0].dtype != WORK:
                 params = [*one.params, *(param for _, param in one.coasting)]
-                self._rest(names, [state[param][COUNT] for param in params], held, buffers)
+                self._rest(names, [state[param][DRAWS] for param in params], held, buffers)
             self.updates.update(zip(names, found, strict=True))
             self.moving.update(names)
         for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -283,19 +286,19 @@ class Step:
     def _rest(
         self,
         names: Sequence[str],
-        counts: Sequence[Tensor],
+        draws: Sequence[Tensor],
         held: Sequence[Tensor],
         averages: Sequence[Tensor],
     ) -> None:
         """Leave averages in momenta that rest in bf16."""
         round_by_chance(
             [
-                Box(name, count, piece.region, view(average, piece), view(own, piece))
-                for name, count, own, average in zip(names, counts, held, averages, strict=True)
+                Box(count, piece.region, view(average, piece), view(own, piece))
+                for name, count, own, average in zip(names, draws, held, averages, strict=True)
                 for piece in self._layouts[name].pieces(self.rank)
             ]
         )
-        torch._foreach_add_(list(counts), 1)  # alike on ranks that hold none of it
+        torch._foreach_add_(list(draws), 1)  # alike on ranks that hold none of it
 
     def moves(self, matrix: Matrix) -> bool:
         """Whether the matrix has a gradient."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from geon.engine.metrics import hardware
-from geon.optim.rounding import Box, round_by_chance
+from geon.optim.rounding import Box, first_draw, round_by_chance
 from geon.optim.shard import Region
 
 MOMENTUM = 0.95
@@ -37,8 +37,8 @@ def to_nearest(average: Tensor, held: Tensor, step: int) -> None:
 def by_chance(average: Tensor, held: Tensor, step: int) -> None:
     """Round as the optimizer does."""
     rows, cols = held.shape
-    times = torch.tensor(float(step), device=held.device)
-    round_by_chance([Box("w", times, Region((0, rows), (0, cols)), average, held)])
+    draws = first_draw("w", held.device) + step
+    round_by_chance([Box(draws, Region((0, rows), (0, cols)), average, held)])
 
 
 ROUNDINGS: dict[str, Rounding] = {"nearest": to_nearest, "chance": by_chance}
@@ -83,21 +83,18 @@ def main() -> None:
     args = parser.parse_args()
     average = torch.randn(LARGE, device=args.device)
     held, other = average.bfloat16(), average.clone()
+    work: dict[str, Callable[[], object]] = {
+        "average in fp32": lambda: average.lerp_(other, 1.0 - MOMENTUM),
+        "nearest": lambda: to_nearest(average, held, 1),
+        "chance": lambda: by_chance(average, held, 1),
+    }
     found = {
         "averages": {
             f"{name}, {kind}": follow(rounding, noise, args.steps)
             for kind, noise in (("shrinking", 0.0), ("noisy", 10.0))
             for name, rounding in ROUNDINGS.items()
         },
-        "seconds": {
-            "average in fp32": seconds(
-                lambda: average.lerp_(other, 0.05), args.device, args.repeats
-            ),
-            **{
-                name: seconds(lambda r=rounding: r(average, held, 1), args.device, args.repeats)
-                for name, rounding in ROUNDINGS.items()
-            },
-        },
+        "seconds": {name: seconds(one, args.device, args.repeats) for name, one in work.items()},
         "meta": {
             "steps": args.steps,
             "torch": torch.__version__,

@@ -232,7 +232,7 @@ def bf16_momenta(kind):
             optimizer = HybridOptimizer([group(net)], **half)
         steps(net, optimizer, range(4))
         for key, value in optimizer.state_tensors().items():
-            if key.endswith((".momentum", ".step")):
+            if key.endswith((".momentum", ".draws")):
                 assert torch.equal(whole(value), wanted[key]), (lies, key)
         found = max(found, far(net, optimizer, twin, other))
     return found

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from geon.errors import UsageError
-from geon.optim import HybridOptimizer
+from geon.optim import HybridOptimizer, rounding
 from geon.optim.pieces import view
-from geon.optim.rounding import Box, round_by_chance
+from geon.optim.rounding import DRAWS, Box, first_draw, round_by_chance
 from geon.optim.shard import Flat, Grid, Region
 from tests.optim.contract import STEEPEST, Net, gauss, group, make, same, snap, train
 
@@ -19,7 +19,8 @@ SHAPE = (24, 40)
 def rounded(average, times, name="w"):
     held = torch.empty(average.shape, dtype=torch.bfloat16)
     region = Region((0, average.shape[0]), (0, average.shape[1]))
-    round_by_chance([Box(name, torch.tensor(float(times)), region, average.clone(), held)])
+    draws = first_draw(name, held.device) + times
+    round_by_chance([Box(draws, region, average.clone(), held)])
     return held
 
 
@@ -98,11 +99,32 @@ def test_pieces_are_rounded_as_the_whole_is(layout):
             held = stored.bfloat16()
             mine, rests = view(stored, piece), view(held, piece)
             mine.copy_(average[piece.region.slices])
-            round_by_chance([Box("w", torch.tensor(9.0), piece.region, mine, rests)])
+            round_by_chance([Box(first_draw("w", held.device) + 9, piece.region, mine, rests)])
             assert torch.equal(rests, whole[piece.region.slices])
             assert held[-1] == 7.0
             seen[piece.region.slices] += 1
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("most", [rounding.MOST, 2000, 1])
+def test_what_is_rounded_together_is_rounded_as_alone(most, monkeypatch):
+    monkeypatch.setattr(rounding, "MOST", most)
+    shapes = [SHAPE, (7, 5), SHAPE, (5, 7), SHAPE, (1, 9)]
+    averages = [gauss(shape, i) for i, shape in enumerate(shapes)]
+    boxes = [
+        Box(
+            first_draw(f"w{i}", average.device) + i,
+            Region((0, average.shape[0]), (0, average.shape[1])),
+            average.clone(),
+            torch.empty(average.shape, dtype=torch.bfloat16),
+        )
+        for i, average in enumerate(averages)
+    ]
+    round_by_chance(boxes)
+    for i, (box, average) in enumerate(zip(boxes, averages, strict=True)):
+        assert torch.equal(box.held, rounded(average, i, f"w{i}"))
+        assert torch.equal(box.average, average)
+    round_by_chance([])
 
 
 def test_torchs_generator_is_left_alone():
@@ -126,7 +148,7 @@ def test_a_momentum_follows_gradients_that_rounding_to_nearest_loses():
     for name, param in net.named_parameters():
         truth = exact[name]
         held = optimizer.state[param]["momentum"]
-        assert optimizer.state[param]["step"] == 300
+        assert optimizer.state[param][DRAWS] == first_draw(name, param.device) + 300
         ours, theirs = (
             ((m - truth) * truth).sum() / truth.square().sum() for m in (held, stays[name])
         )
@@ -150,16 +172,16 @@ def test_copies_go_on_to_the_last_bit(kind, way):
     train(net, optimizer, range(2, 5))
     train(twin, other, range(2, 5))
     assert same(snap(net, optimizer), snap(twin, other))
-    assert other.state_tensors()["a.step"] == 5
+    assert other.state_tensors()["a.draws"] == first_draw("a", torch.device("cpu")) + 5
 
 
 def test_momenta_change_their_dtype_where_they_are_loaded():
-    """Those of fp32, and those of bf16 from before roundings were counted, begin at 0."""
+    """Those of fp32, and those of bf16 from before roundings were counted, begin anew."""
     net, optimizer = make("muon")
     train(net, optimizer, [0])
     _, half = make("muon", momentum=torch.bfloat16)
     half.load_state_dict(optimizer.state_dict())
-    assert half.state_tensors()["a.step"] == 0
+    assert half.state_tensors()["a.draws"] == first_draw("module.a", torch.device("cpu"))
     _, back = make("muon")
     back.load_state_dict(half.state_dict())
     assert set(back.state_tensors()) == {"a.momentum", "b.momentum"}
