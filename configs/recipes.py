@@ -137,7 +137,8 @@ class OptimConfig:
     """Steps at which the hidden weights and what their directions are taken of are saved, in
     pairs.pt of the run folder, for scripts/bench_solver.py."""
     momentum_dtype: MomentumDtype = MomentumDtype.fp32
-    """What momenta rest in between steps: 4 or 2 bytes a parameter. Averages are fp32."""
+    """What momenta rest in between steps: 4 or 2 bytes a parameter. Averages are fp32, and rounded
+    to bf16 by chance (optim/rounding.py)."""
     compile: bool = False
     """Let torch.compile make the code that finds directions, once for each rule and shape."""
     nonfinite: Nonfinite = Nonfinite["raise"]

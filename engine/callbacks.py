@@ -19,7 +19,7 @@ from geon.engine.metrics import peak_flops
 from geon.engine.preemption import Preemption
 from geon.engine.trainer import Callback, Trainer
 from geon.optim import HybridOptimizer, Role, Rule, block_scale
-from geon.optim.pieces import local
+from geon.optim.step import local
 
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule, State
-from geon.optim.pieces import local
+from geon.optim.step import local
 
 _FUSED = ("cuda",)
 """Devices on which torch's fused kernel steps all parameters at once. Its CPU kernel rounds the

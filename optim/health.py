@@ -220,3 +220,23 @@ def clip(
     for _, grad in pairs:
         grad.mul_(scale)
     return norm
+
+
+def spikes(watch: Watch, squares: Mapping[str, float]) -> dict[str, float]:
+    """Factors on gradients that are spikes; the running norms are brought up to date.
+
+    squares: of norms over all ranks, by parameter.
+    """
+    cut, now = dict[str, float](), dict[str, tuple[int, float]]()
+    for name, square in squares.items():
+        if square > 0.0:
+            norm = math.sqrt(square)
+            count, mean = watch.norms.get(name, (0, norm))
+            if norm > watch.spike * mean:
+                if count >= watch.warm:
+                    cut[name] = mean / norm
+                norm = watch.spike * mean
+            now[name] = (min(count + 1, watch.memory), (count * mean + norm) / (count + 1))
+    watch.norms |= now
+    watch.cut += len(cut)
+    return cut

@@ -21,8 +21,8 @@ from geon.optim.health import (
     cut_down,
     examined,
     reduced,
+    spikes,
 )
-from geon.optim.pieces import grad_of, local, view
 from geon.optim.readings import Readings
 from geon.optim.rounding import DRAWS, Box, round_by_chance
 from geon.optim.rule import Rule
@@ -49,6 +49,29 @@ def check_lr(lr: Any, where: str, rule: Rule | EntryRule) -> float:
             f"must be at most {rule.manifold.most_angle:g} (a turn is 6.3)"
         )
     return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a DTensor; a plain tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def grad_of(param: Tensor) -> Tensor:
+    """This rank's piece of a gradient, laid out like its parameter; a sparse one made dense."""
+    grad: Any = param.grad
+    if grad.is_sparse:
+        return grad.to_dense()
+    placements = getattr(param, "placements", None)
+    if placements is not None and grad.placements != placements:
+        grad = grad.redistribute(placements=placements)
+    return local(grad).contiguous()
+
+
+def view(stored: Tensor, piece: Piece) -> Tensor:
+    """A piece of a rank's contiguous storage as a matrix; no copy."""
+    offset = stored.storage_offset() + piece.offset
+    return stored.as_strided(piece.region.shape, (piece.stride, 1), offset)
 
 
 def signature(param: Any) -> tuple[Any, ...]:
@@ -194,31 +217,11 @@ def judge(
     if still and not sums[0]:
         return Verdict.STILL
     if watch.spike and active:
-        cut = _cut(watch, dict(zip(copies, sums[1 + len(KINDS) :], strict=True)))
+        cut = spikes(watch, dict(zip(copies, sums[1 + len(KINDS) :], strict=True)))
         for name, grad in named:
             if name in cut:
                 cut_down(grad, cut[name])
     return Verdict.GO
-
-
-def _cut(watch: Watch, squares: Mapping[str, float]) -> dict[str, float]:
-    """Factors on gradients that are spikes; the running norms are brought up to date.
-
-    squares: of norms over all ranks, by parameter.
-    """
-    cut, now = dict[str, float](), dict[str, tuple[int, float]]()
-    for name, square in squares.items():
-        if square > 0.0:
-            norm = math.sqrt(square)
-            count, mean = watch.norms.get(name, (0, norm))
-            if norm > watch.spike * mean:
-                if count >= watch.warm:
-                    cut[name] = mean / norm
-                norm = watch.spike * mean
-            now[name] = (min(count + 1, watch.memory), (count * mean + norm) / (count + 1))
-    watch.norms |= now
-    watch.cut += len(cut)
-    return cut
 
 
 _Alike = tuple[str, tuple[int, int], torch.dtype]
@@ -271,7 +274,8 @@ class Step:
             found = rule.average_all(grads, buffers)
             if held[0].dtype != WORK:
                 params = [*one.params, *(param for _, param in one.coasting)]
-                self._rest(names, [state[param][DRAWS] for param in params], held, buffers)
+                draws = [state[param][DRAWS] for param in params]
+                self._rest(dict(zip(names, draws, strict=True)), held, buffers)
             self.updates.update(zip(names, found, strict=True))
             self.moving.update(names)
         for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -284,21 +288,17 @@ class Step:
                 self._rows[name] = [state[param][key] for key in rule.row_states]
 
     def _rest(
-        self,
-        names: Sequence[str],
-        draws: Sequence[Tensor],
-        held: Sequence[Tensor],
-        averages: Sequence[Tensor],
+        self, draws: Mapping[str, Tensor], held: Sequence[Tensor], averages: Sequence[Tensor]
     ) -> None:
         """Leave averages in momenta that rest in bf16."""
         round_by_chance(
             [
                 Box(count, piece.region, view(average, piece), view(own, piece))
-                for name, count, own, average in zip(names, draws, held, averages, strict=True)
+                for (name, count), own, average in zip(draws.items(), held, averages, strict=True)
                 for piece in self._layouts[name].pieces(self.rank)
             ]
         )
-        torch._foreach_add_(list(draws), 1)  # alike on ranks that hold none of it
+        torch._foreach_add_(list(draws.values()), 1)  # alike on ranks that hold none of it
 
     def moves(self, matrix: Matrix) -> bool:
         """Whether the matrix has a gradient."""

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from geon.errors import UsageError
-from geon.optim.pieces import local, view
 from geon.optim.shard import Flat, Layout, Ranks
+from geon.optim.step import local, view
 
 
 def check_contiguous(name: str, param: Tensor) -> None:

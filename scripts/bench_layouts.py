@@ -16,8 +16,8 @@ from geon.engine.parallel import Parallel, mesh_shape
 from geon.launch.env import Env
 from geon.models import GPT, ModelShape
 from geon.optim import Group, HybridOptimizer, ParamInfo, Placement, Role, Rule, Sharding, Spectral
-from geon.optim.pieces import local, view
 from geon.optim.shard import Flat, Layout, Ranks, holding
+from geon.optim.step import local, view
 from geon.optim.storage import whole
 
 CONFIGS = {

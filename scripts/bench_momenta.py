@@ -7,7 +7,8 @@ Averages gradients as a rule does (in fp32, momentum 0.95), beside an fp64 avera
 `shrinking` are one draw that gets smaller by half in 1,000 steps; those of `noisy` have a new draw
 ten times as large added at each step. `off` is the distance from the fp64 average over its length
 in the last step, `bias` how much longer than it the average is, along it, in the mean over the last
-half. Seconds are of one rounding of a 768 x 3072 momentum, and of its averaging in fp32.
+half. Seconds, the least of some repeats, are of one rounding of a 768 x 3072 momentum, and of its
+averaging in fp32.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def follow(rounding: Rounding, noise: float, steps: int) -> dict[str, float]:
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int) -> float:
-    """Median seconds of a piece of work, once it is warm."""
+    """Least seconds of a piece of work, once it is warm."""
     found = []
     for _ in range(repeats + 3):
         start = time.perf_counter()
@@ -70,7 +70,7 @@ def seconds(work: Callable[[], object], device: str, repeats: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
-    return median(found[3:])
+    return min(found[3:])
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def imports():
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
 PARTS = "adamw baselines builder costs declare entries families foreign groups health hybrid linalg"
-PARTS += " last_layers matrices pieces place readings roles rounding router routing rule state step"
+PARTS += " last_layers matrices place readings roles rounding router routing rule state step"
 PARTS += " storage tree finishes manifolds norms polar shard solvers views words"
 PARTS = " ".join(f"optim.{part}" for part in PARTS.split())
 ARROWS = {
@@ -116,14 +116,13 @@ ARROWS = {
     "optim.builder": "configs.choices configs.recipes optim.foreign optim.groups optim.hybrid"
     " optim.roles optim.routing optim.shard optim.tree",
     "optim.entries": "",
-    "optim.adamw": "optim.entries optim.pieces",
+    "optim.adamw": "optim.entries optim.step",
     "optim.baselines": "optim.entries",
     "optim.readings": "optim.rule optim.solvers",
-    "optim.pieces": "optim.shard",
     "optim.rounding": "optim.shard optim.tree",
-    "optim.step": "optim.entries optim.health optim.pieces optim.readings optim.rounding optim.rule"
+    "optim.step": "optim.entries optim.health optim.readings optim.rounding optim.rule"
     " optim.shard optim.views",
-    "optim.storage": "optim.pieces optim.shard",
+    "optim.storage": "optim.shard optim.step",
     "optim.state": "optim.entries optim.roles optim.rounding optim.rule optim.step optim.storage",
     "optim.matrices": "optim.costs optim.entries optim.norms optim.roles optim.rule optim.shard",
     "optim.groups": "optim.entries optim.matrices optim.norms optim.roles optim.rule optim.shard"
@@ -143,6 +142,7 @@ ALONE = {f"configs.{name}" for name in ("changes", "choices", "recipes", "schema
 ALONE |= {"launch.env", "launch.signals"}
 LAZY_ARROWS = {"launch": "configs configs.changes configs.schema"}
 ONLY_NAMES = {("optim.shard", "optim.norms"): {"Reach"}}
+
 # Other packages: at the top of a file, and inside functions.
 OTHERS = {
     "optim": "torch",

@@ -19,9 +19,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from geon.launch.leave import leave
 from geon.optim import Group, HybridOptimizer, Placement, Sharding, on_manifold
-from geon.optim.pieces import local, view
 from geon.optim.shard import TRANSPORTS, Flat, Plan, Ranks, holding, planner
 from geon.optim.shard.transports import Offer
+from geon.optim.step import local, view
 from tests.distributed.exchange_cases import BESIDE, FEW, cases, draw, start, ways
 
 LR, CLIP = 0.05, 0.5

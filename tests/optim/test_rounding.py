@@ -8,9 +8,9 @@ import torch
 
 from geon.errors import UsageError
 from geon.optim import HybridOptimizer, rounding
-from geon.optim.pieces import view
 from geon.optim.rounding import DRAWS, Box, first_draw, round_by_chance
 from geon.optim.shard import Flat, Grid, Region
+from geon.optim.step import view
 from tests.optim.contract import STEEPEST, Net, gauss, group, make, same, snap, train
 
 SHAPE = (24, 40)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from geon.errors import UsageError
 from geon.optim import MANIFOLDS, ParamInfo, Role, Rule, Spectral, Stiefel, matrices_of
 from geon.optim.norms import ColNorm, RowNorm, Sign
-from geon.optim.pieces import view
 from geon.optim.shard import (
     MACHINES,
     TRANSPORTS,
@@ -24,6 +23,7 @@ from geon.optim.shard import (
 )
 from geon.optim.shard.exchange import OwnBucket
 from geon.optim.shard.transports import Offer
+from geon.optim.step import view
 
 BYTES = Sharding(objective="bytes")
 

@@ -6,7 +6,7 @@ from geon.scripts.count_operators import make, operators, visited
 
 
 @pytest.mark.parametrize(
-    ("recipe", "most", "files"), [("muon", 120, 10), ("normuon", 160, 12), ("hybrid", 440, 15)]
+    ("recipe", "most", "files"), [("muon", 120, 10), ("normuon", 160, 12), ("hybrid", 440, 16)]
 )
 def test_a_step_of_12_layers_dispatches_so_many_operators_in_so_many_files(recipe, most, files):
     optimizer = make(recipe, "cpu", 12, 64)
