@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from geon.errors import UsageError
 from geon.optim import HybridOptimizer, rounding
@@ -131,6 +132,32 @@ def test_torchs_generator_is_left_alone():
     before = torch.random.get_rng_state()
     rounded(gauss(SHAPE), 0)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_rounding_neither_waits_for_a_device_nor_sends_anything_there():
+    """What a CUDA graph cannot capture: values read by the host, and tensors made of its values."""
+    found = set()
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.add(str(func).split(".")[1])
+            return func(*args, **(kwargs or {}))
+
+    with Watched():
+        rounded(gauss(SHAPE), 3)
+    assert {"arange", "mul", "_foreach_copy_"} <= found
+    assert not found & {"_local_scalar_dense", "nonzero", "lift_fresh", "equal", "is_nonzero"}
+
+
+def test_parameters_that_coast_are_rounded_too():
+    net = Net("muon")
+    optimizer = HybridOptimizer([group(net, idle="coast")], momentum=torch.bfloat16)
+    train(net, optimizer, [0])
+    before = snap(net, optimizer)
+    train(net, optimizer, [1], names="a")
+    after = snap(net, optimizer)
+    assert after["b.draws"] == before["b.draws"] + 1
+    torch.testing.assert_close(after["b.momentum"], 0.95 * before["b.momentum"], rtol=0.02, atol=0)
 
 
 def test_a_momentum_follows_gradients_that_rounding_to_nearest_loses():
