@@ -52,6 +52,7 @@ def encoded(
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([__name__, "geon.data.bpe"])
+        _start_server()
     pool = ProcessPoolExecutor(workers, context, _begin, (codec.serialise(),))
     try:
         for batch, there in batches:
@@ -69,6 +70,19 @@ def encoded(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_server() -> None:
+    """Start the server of forks deaf to Ctrl-C, which reaches it too, while it still imports."""
+    from multiprocessing import forkserver
+
+    if threading.current_thread() is not threading.main_thread():
+        return  # signals are set there alone; the server is started as it is needed
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _encode(batch: Sequence[Piece], codec: Codec) -> Encoded:

@@ -197,7 +197,12 @@ def _begun(folder: Path, key: dict[str, Any], resume: bool) -> Journal:
         journal.write(folder)
     old = journal.key
     if changed := [word for word in key if old.get(word) != key[word]]:
-        told = ", ".join(f"{w} was {old.get(w)!r} and is {key[w]!r}" for w in changed)
+        told = ", ".join(
+            "other text: sources, or their sizes or times, have changed"
+            if w == "files"
+            else f"{w} was {old.get(w)!r} and is {key[w]!r}"
+            for w in changed
+        )
         raise UsageError(
             f"'{folder}' holds what another command began ({told[:400]}): give that one again, "
             "choose another --out, or remove it by --resume never"
@@ -211,9 +216,10 @@ def _key(job: Job) -> dict[str, Any]:
     for part in job.parts:
         path = Path(part.path)
         changed = path.stat().st_mtime_ns if path.is_file() else 0
+        if path.exists():  # the same file, from whatever folder it is named
+            part = replace(part, path=str(path.resolve()))
         digest.update(f"{part} {changed}\n".encode(errors="surrogateescape"))
     return {
-        "source": job.source,
         "files": digest.hexdigest()[:16],
         "tokenizer": job.tokenizer,
         "val_percent": job.val_percent,
@@ -293,7 +299,16 @@ def _check_filled(writers: dict[str, SplitWriter], job: Job) -> None:
     for name, writer in writers.items():
         if not writer.bytes:
             documents = sum(one.documents for one in writers.values())
-            likely = min(50, math.ceil(300 / max(1, documents)))
+            if not any(one.bytes for one in writers.values()):
+                raise UsageError(f"{job.source} holds no text: choose other sources")
+            if documents == 1:
+                raise UsageError(
+                    f"{job.source} holds one document of {sum(w.bytes for w in writers.values())} "
+                    "bytes, too short for a part of it to validate: give more text, with --resume "
+                    "never"
+                )
+            # Three times the expected share of one document, and more than what was asked for.
+            likely = min(50, max(math.ceil(300 / documents), math.ceil(2 * job.val_percent)))
             raise UsageError(
                 f"none of {documents} documents of {job.source} fell to "
                 f"{'training' if name == 'train' else 'validation'} with --val-percent "
@@ -328,11 +343,17 @@ def _pieces(job: Job, place: Place) -> Iterator[tuple[Piece, Place]]:
 
 
 def _blocks(documents: Iterator[Document], size: int) -> Iterator[Document]:
-    """Cut documents behind line ends, into blocks of `size` characters or a line more."""
+    """Cut documents behind line ends, into blocks of `size` characters or a line more.
+
+    A line that is longer than four blocks is cut behind a space, else anywhere.
+    """
     for one in documents:
         start, follows = 0, one.follows
         while start < len(one.text):
+            most = start + 5 * size
             end = one.text.find("\n", start + size) + 1 or len(one.text)
+            if end > most:
+                end = one.text.find(" ", start + size, most) + 1 or start + size
             yield Document(one.text[start:end], one.where, follows)
             start, follows = end, True
 

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import numpy as np
+
 from geon.configs.changes import check_allowed, flat, plain
 from geon.configs.choices import Layouts, Mode, Source
 from geon.configs.schema import Config
-from geon.data import Batches, Corpus
+from geon.data import Batches, Corpus, Split
 from geon.engine import build
 from geon.engine.backends import check_deepspeed
 from geon.engine.evaluate import check_val
@@ -88,6 +90,23 @@ def count_ids(config: Config, tokenizer: Callable[[], str | None] = lambda: None
     config.data.vocab_size = corpus.vocab_size
     config.model.vocab_size = config.model.vocab_size or corpus.vocab_size
     return corpus
+
+
+def absent(config: Config) -> Corpus | None:
+    """For a plan: zeros in place of shards that are not there yet, where their ids are counted.
+
+    Returns: None where there are some, or where the vocabulary has to come from them.
+    """
+    data = config.data
+    if data.source is not Source.bins or not data.vocab_size or not data.dir:
+        return None
+    if Path(data.dir).expanduser().exists():
+        return None
+    splits = [
+        Split(f"{what} tokens of {data.dir}", [np.zeros(tokens + config.model.context, np.uint16)])
+        for what, tokens in (("training", data.batch_tokens), ("validation", data.val_tokens + 1))
+    ]
+    return Corpus(*splits, data.vocab_size, None, b"", {"name": data.dir})
 
 
 def _read_data(config: Config, codec: str | None = None) -> Corpus:

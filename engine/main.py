@@ -1,5 +1,6 @@
 """One run from a checked config: check, choose what it starts from, build, fit."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from geon.engine import build, fitting, planning, resume
 from geon.engine.agreement import check_alike, on_main
 from geon.engine.callbacks import Compilation, Evaluator, Progress, Spectrum
 from geon.engine.checkpointer import Checkpointer
-from geon.engine.checks import Checked, check, check_launched, count_ids
+from geon.engine.checks import Checked, absent, check, check_launched, count_ids
 from geon.engine.curvature import Curvature
 from geon.engine.devices import pick_device
 from geon.engine.evaluate import check_val
@@ -44,7 +45,15 @@ def execute(config: Config, env: Env) -> None:
             world = config.plan.world_size or env.world
             corpus = count_ids(config)
             print(planning.report_plan(config, world), flush=True)
+            missing = None if corpus else absent(config)
+            corpus = corpus or missing
             checked = check(config, world, corpus=corpus)
+            if missing is not None:
+                print(
+                    f"data: '{config.data.dir}' (data.dir) does not exist yet, so nothing of it "
+                    f"was checked: {config.data.vocab_size} ids are those of data.vocab_size",
+                    file=sys.stderr,
+                )
             if config.data.source is Source.stream and config.plan.format is Format.table:
                 print(f"data, of which nothing was read: {checked.corpus.facts}")
         return

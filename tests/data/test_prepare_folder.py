@@ -1,11 +1,13 @@
 """What `tokenize` does with a folder that holds something, and what its tokenizer learns from."""
 
 import json
+import re
 import shlex
 
 import pytest
 
 from geon.configs.schema import DataConfig, Source
+from geon.data import prepare
 from geon.data.bpe import train_on
 from geon.data.documents import parts
 from geon.data.prepare import Job, tokenize
@@ -106,6 +108,55 @@ def test_too_few_documents_are_told_another_percentage(source, tmp_path):
     with pytest.raises(UsageError, match=r"none of 4 documents.*e\.g\. 50, with --resume never"):
         tokenize(job(source, "bytes", val_percent=0.01), tmp_path, 1)
     assert json.loads((tmp_path / ".tokenize.json").read_text())["done"] is False
+
+
+def test_the_percentage_that_is_told_is_larger_than_the_one_that_failed(
+    source, tmp_path, monkeypatch
+):
+    held = prepare.held_out
+    monkeypatch.setattr(prepare, "held_out", lambda text, share: False)
+    for refused in (0.01, 5.0):
+        with pytest.raises(UsageError, match=r"none of 60 documents") as error:
+            tokenize(job(source, "bytes", val_percent=refused), tmp_path, 1, resume=False)
+        told = float(re.search(r"e\.g\. (\d+)", str(error.value)).group(1))
+        assert refused < told <= 50
+        assert refused < 1 or any(held(text, round(100 * told)) for text in TEXTS)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_sources_without_text_are_said_to_hold_none(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(UsageError, match="src holds no text: choose other sources"):
+        tokenize(job(tmp_path / name, "bytes"), tmp_path, 1)
+
+
+@pytest.mark.parametrize("word", ["word ", "word"])
+def test_a_file_of_one_long_line_trains_and_validates(tmp_path, word):
+    text = word * 20_000
+    (tmp_path / "one.txt").write_text(text)
+    done = tokenize(job(tmp_path / "one.txt", "bytes", val_percent=5.0), tmp_path, 1)
+    sizes = {name: split.bytes for name, split in done.meta.splits.items()}
+    assert sum(sizes.values()) == len(text)
+    assert sizes["val"] == pytest.approx(0.05 * len(text), rel=0.3)
+
+
+def test_the_same_files_from_another_folder_go_on(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(tmp_path)
+    command = ["tokenize", "--tokenizer", "bytes", "--val-percent", "20", "--workers", "1"]
+    assert prepare_data.main([*command, source.name, "--out", "out"]) == 0
+    before = content(out)
+    monkeypatch.chdir(out)
+    assert prepare_data.main([*command, f"../{source.name}", "--out", "."]) == 0
+    assert content(out) == before
+
+
+def test_text_that_has_changed_is_said_in_words(source, tmp_path):
+    tokenize(job(source, "bytes", val_percent=20.0), tmp_path, 1)
+    (source / "more.txt").write_text("more")
+    with pytest.raises(UsageError, match="other text: sources, or their sizes or times, have"):
+        tokenize(job(source, "bytes", val_percent=20.0), tmp_path, 1)
 
 
 def test_the_last_line_is_a_command_that_trains_with_the_tokenizers_vocabulary(

@@ -7,9 +7,10 @@ import pytest
 
 from geon.configs.overrides import ROOT
 from geon.engine.build import make_model, make_routing
-from geon.engine.main import prepare
+from geon.engine.main import execute, prepare
 from geon.engine.planning import plan_ahead
 from geon.engine.schedule import fraction, own_fractions, progress
+from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.env import Env
 
@@ -47,6 +48,19 @@ def test_all_eleven_are_there_and_plan_at_full_size():
         assert model.parameter_count() == (123_568_128 if tied else 162_354_816)
         assert (config.data.batch_tokens, config.data.val_tokens) == (524_288, 10_485_760)
         assert not config.data.shuffle and config.eval.every == 125
+
+
+def test_a_plan_needs_no_shards_where_the_config_counts_the_ids(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["experiment=speedrun/track3_hybrid", "mode=plan", "plan.world_size=8"]
+    execute(compose(command), Env())
+    said = capsys.readouterr()
+    assert "gpt_track3: 162,354,816 parameters" in said.out
+    assert "'fineweb10B' (data.dir) does not exist yet" in said.err
+    with pytest.raises(UsageError, match="data.batch_tokens 524289 is not a multiple"):
+        execute(compose([*command, "data.batch_tokens=524289"]), Env())
+    with pytest.raises(UsageError, match="data.dir 'fineweb10B' does not exist"):
+        execute(compose([*command, "data.vocab_size=0"]), Env())
 
 
 @pytest.mark.parametrize(
