@@ -44,7 +44,9 @@ def dgram_spectral(
     objective = unit_scaled(tangent_tall(w, g, inverse))
     direction = governor = polar(objective)
     # Mean singular value of the objective: makes the pull a fraction of the ball's radius.
-    size = inner(objective, direction).clamp_min(torch.finfo(g.dtype).tiny)
+    # It is about 1, or 0: the least keeps the pull finite for any width, and 0 times it is 0.
+    least = torch.finfo(g.dtype).tiny / torch.finfo(g.dtype).eps
+    size = inner(objective, direction).clamp_min(least)
     pull = objective * (_PULL * min(grad.shape[-2:]) / size)
     for _ in range(rounds):
         tangent = tangent_tall(w, governor, inverse)

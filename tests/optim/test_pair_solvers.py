@@ -363,6 +363,15 @@ def test_zero_gradients_give_zero_and_do_not_touch_their_neighbours(solver):
 
 
 @every_solver
+def test_zero_gradients_of_wide_heads_give_zero(solver):
+    """What depends on the width must not overflow beside a norm of zero."""
+    name, solve = SOLVERS[solver]
+    manifold = MANIFOLDS[name](radius=1.3)
+    weight = point(name, (128, 64))[1].float()
+    assert torch.equal(solve(torch.zeros(128, 64), weight, manifold), torch.zeros(128, 64))
+
+
+@every_solver
 def test_hard_gradients_never_give_nan(solver):
     solve, _, weights = setting(solver)
     one_hot, equal = torch.zeros_like(weights), torch.ones_like(weights)
