@@ -48,7 +48,8 @@ def saved_folder(folder: Path, split: str) -> Path | None:
     if not (folder / split / "state.json").is_file():
         names = sorted(path.parent.name for path in folder.glob("*/state.json"))
         raise UsageError(
-            f"'{folder}' has no split '{split}': name the folder of one ({', '.join(names)})"
+            f"'{folder}' has no split '{split}': name the folder of one "
+            f"({', '.join(names)}; --split of prepare_data)"
         )
     return folder / split
 
@@ -111,7 +112,8 @@ def _parquet(file: Path, field: str) -> Any:
     if str(kind) not in ("string", "large_string", "string_view", "binary", "large_binary"):
         raise UsageError(
             f"'{file}': column '{field}' holds {kind}, and text is expected: set data.field "
-            f"(--field of prepare_data) to another of {', '.join(schema.names)}"
+            f"(--field of prepare_data) to another of "
+            f"{', '.join(name for name in schema.names if name != field)}"
         )
     return table
 

@@ -176,8 +176,11 @@ def file_parts(file: Path, field: str) -> list[Part]:
     if file.suffix == ".parquet":
         groups = columns.row_groups(file, field)
         return [Part(str(file), "parquet", field, "", *group) for group in groups]
-    kind = "jsonl" if bare_suffix(file) in _JSON_LINES else "text"
     packed, size = packing(file), file.stat().st_size
+    lines = bare_suffix(file) in _JSON_LINES or (
+        bare_suffix(file) == ".json" and _begins_as_lines(file, packed, field)
+    )
+    kind = "jsonl" if lines else "text"
     if packed or size <= PART:
         return [Part(str(file), kind, field, packed, 0, 0, size)]
     starts = [0, *_line_starts(file, size)]
@@ -185,6 +188,16 @@ def file_parts(file: Path, field: str) -> list[Part]:
         Part(str(file), kind, field, "", start, stop, (stop or size) - start)
         for start, stop in zip(starts, [*starts[1:], 0], strict=True)
     ]
+
+
+def _begins_as_lines(file: Path, packed: str, field: str) -> bool:
+    """Whether the first line of a .json file is an object with the field, as in C4."""
+    first = next(iter(chunks(file, packed)), b"").split(b"\n", 1)[0]
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and isinstance(row.get(field), str)
 
 
 def _line_starts(file: Path, size: int) -> list[int]:

@@ -117,6 +117,8 @@ def open_dataset(where: Where) -> Any:
         columns = opened.column_names
     except UsageError:
         raise
+    except StopIteration:
+        raise UsageError(f"{words} holds no documents (data.dataset)") from None
     except Exception as error:  # the libraries below have many
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
@@ -170,6 +172,12 @@ def _arguments(where: Where) -> dict[str, Any]:
             "local one: leave it out"
         )
     place = Path(where.dataset).expanduser()
+    if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise UsageError(
+            f"data.dataset '{where.dataset}' was saved by save_to_disk, and is not streamed: read "
+            "it by data=text data.path, or make shards of it by `python -m "
+            "geon.scripts.prepare_data tokenize`"
+        )
     kinds = {kind for file in _files(where) if (kind := _kind(file))}
     if not kinds:
         raise UsageError(

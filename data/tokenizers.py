@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from geon.data.codec import ByteCodec, Codec, load_codec
-from geon.errors import UsageError
+from geon.errors import UsageError, nearest
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -25,6 +25,10 @@ def open_codec(name: str) -> Codec:
     if name == "bytes":
         return ByteCodec()
     path = Path(name).expanduser()
+    if name.startswith("train:"):
+        raise UsageError(
+            f"tokenizer '{name}' is for prepare_data; data=text trains one by data.bpe_vocab=4096"
+        )
     try:
         text = _read(path) if path.exists() else _fetch(name)
         codec = load_codec(text)
@@ -106,6 +110,6 @@ def _fetch(name: str, file: str = FILE) -> str:
         raise UsageError(
             f"it is no file or folder here, and the Hugging Face hub does not give its {file} "
             f"({type(error).__name__}: {reason}); where there is no network, give the path of "
-            f"a {FILE}, or of a folder that holds one"
+            f"a {FILE}, or of a folder that holds one.{nearest(name, ['bytes', 'gpt2'])}"
         ) from None
     return Path(found).read_text("utf-8")

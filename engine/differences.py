@@ -97,10 +97,16 @@ def _settings_of(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _fingerprints(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, str]:
-    """What is known of both corpora, in words: their hash, or else the counts."""
+    """What is known of both corpora, in words: their hash, or else the counts.
+
+    And their tokenizers, where they differ: an id then stands for other text.
+    """
     counts = ("train_tokens", "val_tokens", "train_bytes", "val_bytes")
     keys = ("sha256",) if "sha256" in there and "sha256" in here else counts
     both = [key for key in keys if key in there and key in here]
+    names = [str(facts.get("tokenizer") or "") for facts in (there, here)]
+    if all(names) and names[0][:12] != names[1][:12]:
+        both.append("tokenizer")
     first, second = (" ".join(f"{k} {facts[k]}" for k in both) for facts in (there, here))
     return first, second
 

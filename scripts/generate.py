@@ -1,6 +1,7 @@
 """Sample text from a checkpoint: python -m geon.scripts.generate runs/first_run --prompt 'def '."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -74,7 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     prompt = torch.from_numpy(codec.encode(args.prompt).astype(np.int64)).to(args.device)
     generator = torch.Generator().manual_seed(args.seed)
     tokens = sample(model, prompt, args.tokens, args.temperature, generator, args.top_k)
-    print(codec.decode(tokens.tolist()).decode("utf-8", errors="replace"))
+    try:
+        print(codec.decode(tokens.tolist()).decode("utf-8", errors="replace"), flush=True)
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
