@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import Any, NamedTuple
 
@@ -56,7 +57,8 @@ def encoded(
     pool = ProcessPoolExecutor(workers, context, _begin, (codec.serialise(),))
     try:
         for batch, there in batches:
-            waiting.append((pool.submit(_work, batch), there))
+            with _interrupt_held():  # it starts a process, which must not be half known
+                waiting.append((pool.submit(_work, batch), there))
             if len(waiting) > 2 * workers:
                 found, there = waiting.popleft()
                 yield found.result(), there
@@ -70,6 +72,22 @@ def encoded(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _start_server() -> None:

@@ -51,6 +51,14 @@ def test_json_lines_and_text_are_read_packed_or_not(tmp_path, pack):
     assert read(write(tmp_path / f"a.txt{suffix}", packed(text.encode()))) == [text]
 
 
+def test_json_lines_are_known_by_their_first_line(tmp_path):
+    """C4's files end in .json.gz; a settings file of one object is text."""
+    packed = write(tmp_path / "c4.json.gz", gzip.compress(lines(TEXTS)))
+    assert read(packed) == TEXTS == read(write(tmp_path / "plain.json", lines(TEXTS)))
+    for other in (b'{"a": 1}', b'{\n "text": "a"\n}', b'["text"]', b'{"text": 1}'):
+        assert read(write(tmp_path / "other.json", other)) == [other.decode()]
+
+
 def test_frames_behind_each_other_are_one_file(tmp_path):
     for suffix, pack in ((".gz", gzip.compress), (".zst", zstd)):
         raw = lines(TEXTS)

@@ -4,6 +4,7 @@ import errno
 import gzip
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -138,6 +139,20 @@ def test_kills_change_nothing(home, whole, tmp_path):
         process.wait()
     subprocess.run(command, check=True, timeout=120)
     assert content(tmp_path) == content(whole[0])
+
+
+def test_ctrl_c_reaches_the_group_and_is_one_line(home, tmp_path):
+    """While processes still import: the terminal sends it to all of them."""
+    command = [sys.executable, "-m", "geon.scripts.prepare_data", "tokenize", str(home / "src")]
+    command += ["--out", str(tmp_path), "--tokenizer", "bytes", "--workers", "2"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / writer.JOURNAL).exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGINT)
+    said = job.communicate(timeout=60)[1]
+    assert "Traceback" not in said and "geon: stopped; what is done is kept" in said
 
 
 def test_a_full_disk_is_one_message_and_goes_on(home, whole, tmp_path, monkeypatch, capsys):

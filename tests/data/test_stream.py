@@ -160,6 +160,14 @@ def test_bad_datasets_are_refused_by_their_keys(folder, tmp_path):
             open_dataset(where)
     with pytest.raises(UsageError, match="part 1 of data.streams 2 has no document"):
         opened(recipe(tmp_path / "a.txt", parts=2), 1).windows(1)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UsageError, match="holds no documents"):
+        open_dataset(Where(str(tmp_path / "empty.jsonl")))
+    saved = datasets.Dataset.from_dict({"text": ["one"]})
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "saved")
+    for place in ("saved", "saved/train"):
+        with pytest.raises(UsageError, match="saved by save_to_disk, and is not streamed: read it"):
+            open_dataset(Where(str(tmp_path / place)))
     (tmp_path / "c.jsonl").write_text('{"text": "two"}\n{"text": null}\n')
     with pytest.raises(UsageError, match="a row has no text in data.field 'text'"):
         opened(recipe(tmp_path / "c.jsonl")).windows(1)

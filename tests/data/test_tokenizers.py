@@ -172,6 +172,7 @@ def test_a_tokenizer_that_loses_bytes_has_no_lengths():
         ("/nowhere/x", "no such file or folder"),
         ("missing/tokenizer.json", "no such file or folder"),
         ("{tmp}", "holds no tokenizer.json"),
+        ("train:4096", "for prepare_data; data=text trains one by data.bpe_vocab=4096"),
         ("{tmp}/bad.json", "cannot be read"),
     ],
 )
