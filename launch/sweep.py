@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _LOG_LINES = 12
 _POLL_SECONDS = 0.2
+FOLLOWS = ("data.vocab_size", "model.vocab_size")
+"""Keys whose 0 means what the data say."""
 _OF_SWEEP = re.compile(r"[+~]*sweep[.=]")
 _OF_CLUSTER = re.compile(r"[+~]*cluster[.=]")
 
@@ -147,6 +149,8 @@ def _check_same_run(job: Job, config: "Config") -> None:
         return
     there: Any = OmegaConf.to_container(OmegaConf.load(file))
     for change in changes(flat(there), flat(plain(asdict(config)))):
+        if change.key in FOLLOWS and not change.new:  # the run has written what it followed
+            continue
         free = change.kind is Kind.free and change.key not in MEASURED
         allowed = not done and any(covers(entry, change.key) for entry in told.allow_change)
         if not free and not allowed:

@@ -163,6 +163,20 @@ def test_a_job_that_cannot_start_is_found_before_any_is_started(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_job_whose_vocabulary_followed_the_data_is_known_again(tmp_path):
+    told = overrides(tmp_path, "{optim.lr:[0.01]}", "data=bins", "data.dir=shards")
+    told = [word for word in told if not word.startswith(("data=synthetic", "data.tokens"))]
+    (job,) = jobs_of(told)
+    job.folder.mkdir()
+    settings = plain(asdict(sweep.compose(job.arguments)))
+    settings["data"]["vocab_size"] = settings["model"]["vocab_size"] = 4096
+    OmegaConf.save(OmegaConf.create(settings), job.folder / "config.yaml")
+    (job.folder / "report.json").write_text("{}")
+    assert jobs_of(told)[0].report == {}
+    with pytest.raises(UsageError, match=r"data\.vocab_size=4096, this sweep has 512"):
+        jobs_of([*told, "data.vocab_size=512"])
+
+
 @pytest.mark.parametrize("done", [True, False])
 def test_a_job_that_ran_with_other_settings_is_refused_finished_or_half(tmp_path, done):
     told = overrides(tmp_path, "{optim.lr:[0.01]}", "optim=muon")
