@@ -25,6 +25,32 @@ class Arch(Enum):
     gpt_track3 = "gpt_track3"
 
 
+class Residual(Enum):
+    """How a branch joins the stream of `gpt`."""
+
+    plain = "plain"
+    """Added."""
+    scaled = "scaled"
+    """With a share of 1 / (2 n_layer), and the rest of the stream: 2405.14813's residual."""
+
+
+class Norms(Enum):
+    """Norms of activations in `gpt`."""
+
+    rms = "rms"
+    none = "none"
+    """None at all, of queries and keys either; their products are over head_dim, not its root."""
+
+
+class Budget(Enum):
+    """How step sizes are shared out over the hidden matrices (optim/modular)."""
+
+    flat = "flat"
+    """As the rates say."""
+    modular = "modular"
+    """By the masses and sensitivities of the modular norm, with the rate as geometric mean."""
+
+
 class Source(Enum):
     """Where tokens come from (data/)."""
 

@@ -124,7 +124,7 @@ WHEN = (
     When("model.n_head", "model.head_dim=0", lambda c: not c.model.head_dim),
     When("model.base_width", "model.mup=true", lambda c: c.model.mup),
     *(When(f"model.{word}", "model=gpt", lambda c: c.model.arch is Arch.gpt)
-      for word in ("rope_base", "tied", "activation_scale", "gains")),
+      for word in ("rope_base", "tied", "activation_scale", "gains", "residual", "norm")),
     When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),

@@ -13,9 +13,11 @@ from geon.configs.choices import (
     Format,
     Layouts,
     Mode,
+    Norms,
     Objective,
     Policy,
     Precision,
+    Residual,
     Shape,
     Source,
     TransportChoice,
@@ -53,6 +55,11 @@ class ModelConfig:
     """gpt: factor on the squared ReLU; 2 keeps variances (Scion)."""
     gains: bool = False
     """gpt: each hidden matrix is diag(rows) W diag(cols), rows and cols learnt by optim.rest."""
+    residual: Residual = Residual.plain
+    """gpt: plain adds a branch to the stream; scaled takes (1 - s) stream + s branch, s = 1 / (2
+    n_layer), whose sensitivity does not grow with depth."""
+    norm: Norms = Norms.rms
+    """gpt: none leaves out every RMSNorm, so that a certificate holds without conditions."""
     mup: bool = False
     """Maximal update parametrisation of AdamW: draws, rates of hidden matrices and logits scale
     with the width."""

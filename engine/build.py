@@ -100,7 +100,8 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
 
 def make_model(config: ModelConfig) -> LanguageModel:
     """Build the architecture on the meta device: shapes and roles, no memory."""
-    fields = {k: v for k, v in asdict(config).items() if k not in ("arch", "head_dim")}
+    known = asdict(config).items()
+    fields = {k: getattr(v, "value", v) for k, v in known if k not in ("arch", "head_dim")}
     with torch.device("meta"):
         return MODELS[config.arch.value](ModelShape(**fields))
 

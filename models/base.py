@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from geon.errors import UsageError
 from geon.models.loss import linear_cross_entropy
+from geon.optim.modular import Network
 from geon.optim.roles import ParamInfo, Role
 
 
@@ -32,6 +33,9 @@ class ModelShape:
         tied: the embedding is the head as well, and enters the residual stream unnormalised.
         activation_scale: factor on the squared ReLU.
         gains: each hidden matrix is diag(rows) W diag(cols) with learnt rows and cols.
+        residual: plain adds branches to the stream; scaled takes the mean of the stream and a
+            branch, with a share of 1 / (2 n_layer) for the branch.
+        norm: rms, or none: no norm anywhere, and products of queries and keys over head_dim.
         mup: maximal update parametrisation for AdamW: initial draw, rate and logit scales by role.
         base_width: width at which mup changes nothing.
     """
@@ -49,6 +53,8 @@ class ModelShape:
     tied: bool = False
     activation_scale: float = 1.0
     gains: bool = False
+    residual: str = "plain"
+    norm: str = "rms"
     mup: bool = False
     base_width: int = 64
 
@@ -70,6 +76,11 @@ class ModelShape:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.d_model // self.n_head
+
+    @property
+    def share(self) -> float | None:
+        """Share of a branch in the stream after it; None where branches are added."""
+        return 1.0 / (2 * self.n_layer) if self.residual == "scaled" else None
 
     @property
     def shrink(self) -> float:
@@ -113,6 +124,10 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def roles(self) -> list[ParamInfo]:
         """One ParamInfo for each parameter, in the order of `named_parameters()`."""
+
+    @abstractmethod
+    def modular(self) -> Network:
+        """The model as a tree of modules: its masses, sensitivities and bounds (optim/modular)."""
 
     @abstractmethod
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
@@ -239,3 +254,6 @@ def refuse_options_of_gpt(arch: str, shape: ModelShape) -> None:
             f"model.activation_scale={shape.activation_scale}: {arch} has no such factor; choose "
             "model=gpt"
         )
+    for word, default in (("residual", "plain"), ("norm", "rms")):
+        if (value := getattr(shape, word)) != default:
+            raise UsageError(f"model.{word}={value}: {arch} is as it is; choose model=gpt")

@@ -1,6 +1,7 @@
 """The speedrun-style GPT: gainless RMSNorm, QK-norm, RoPE, ReLU^2, untied head."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,11 +9,13 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.models.base import LanguageModel, ModelShape, declare, normal
+from geon.models.described import attention, mlp, network, table
 from geon.models.layers import (
     Projections,
     attend,
     block_plan,
     head_axes,
+    joined,
     linear,
     lowered,
     relu_squared,
@@ -20,31 +23,51 @@ from geon.models.layers import (
     rotary_table,
     rotate,
 )
+from geon.optim.modular import Bond, Network, Normalize, Rotate, Series, SquaredRelu, residual
 from geon.optim.roles import ParamInfo, Role
+
+EPS = 1e-6
+"""Of rms_norm."""
+
+
+def norm_of(shape: ModelShape) -> Callable[[Tensor], Tensor]:
+    """RMSNorm without gains, or nothing."""
+    return rms_norm if shape.norm == "rms" else _same
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions and RMS-normalised queries and keys."""
+    """Multi-head attention with rotary positions and RMS-normalised queries and keys.
+
+    Without norms, products of queries and keys are over K instead of its root: they are as large
+    as K where the two are aligned (Large et al., arXiv 2405.14813).
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
+        self.norm = norm_of(shape)
+        self.scale = None if shape.norm == "rms" else 1.0 / shape.head_dim
         self.proj_in = Projections(shape.d_model, shape.fused_qkv, False, shape.gains)
         self.proj_out = linear(shape.d_model, shape.d_model, gains=shape.gains)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj_in(x))
-        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
-        return self.proj_out(attend(q, k, v))
+        q, k = self.norm(rotate(q, cos, sin)), self.norm(rotate(k, cos, sin))
+        return self.proj_out(attend(q, k, v, self.scale))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm, each added to the residual stream."""
+    """Attention and MLP, each behind a norm, each joined to the residual stream."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         width = shape.mlp_ratio * shape.d_model
+        self.norm, self.share = norm_of(shape), shape.share
         self.attention = Attention(shape)
         self.activation_scale = shape.activation_scale
         self.up = linear(shape.d_model, width, gains=shape.gains)
@@ -52,8 +75,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.attention(rms_norm(x), cos, sin)
-        return x + self.down(relu_squared(self.up(rms_norm(x)), self.activation_scale))
+        x = joined(x, self.attention(self.norm(x), cos, sin), self.share)
+        inner = relu_squared(self.up(self.norm(x)), self.activation_scale)
+        return joined(x, self.down(inner), self.share)
 
 
 class GPT(LanguageModel):
@@ -73,13 +97,13 @@ class GPT(LanguageModel):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), normalised."""
-        s = self.shape
+        s, norm = self.shape, norm_of(self.shape)
         x = lowered(self.embed(tokens))
-        x = x if s.tied else rms_norm(x)
+        x = x if s.tied else norm(x)
         cos, sin = rotary_table(tokens.shape[1], s.head_dim, s.rope_base, tokens.device)
         for block in self.blocks:
             x = self.run_block(block, x, cos, sin)
-        return rms_norm(x)
+        return norm(x)
 
     def project(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab)."""
@@ -105,6 +129,32 @@ class GPT(LanguageModel):
             {"qkv.weight": (d, d, d)},
             head_axes(self.shape.n_head),
         )
+
+    def modular(self) -> Network:
+        """Residual blocks of attention and MLP."""
+        s = self.shape
+        frequencies = tuple(s.rope_base ** (-2 * i / s.head_dim) for i in range(s.head_dim // 2))
+        turn: tuple[Bond, ...] = (Rotate(frequencies),)
+        scale = 1.0 / s.head_dim
+        if s.norm == "rms":
+            turn, scale = (*turn, Normalize("", s.head_dim, EPS, s.n_head)), s.head_dim**-0.5
+
+        def norm(name: str) -> tuple[Bond, ...]:
+            return (Normalize(name, s.d_model, EPS),) if s.norm == "rms" else ()
+
+        blocks = []
+        for i in range(s.n_layer):
+            path = f"blocks.{i}"
+            mix = attention(f"{path}.attention.", s, scale, turn)
+            act = mlp(path, s, SquaredRelu(s.activation_scale))
+            halves = (
+                residual(Series((*norm(f"{path}.norm1"), mix), mix.name), s.share, f"{path}.1"),
+                residual(Series((*norm(f"{path}.norm2"), act), act.name), s.share, f"{path}.2"),
+            )
+            blocks.append(Series(halves, path))
+        first = () if s.tied else norm("norm_embed")
+        name = "embed.weight" if s.tied else ""
+        return network(table(s, s.tied), first, blocks, norm("norm"), s, name)
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
         """Embedding N(0, 1); matrices of variance 1/(3 d_in), as torch draws its Linear.

@@ -15,7 +15,21 @@ from geon.models.base import (
     normal,
     refuse_options_of_gpt,
 )
+from geon.models.described import attention, mlp, network, table
 from geon.models.layers import LayerNorm, Projections, attend, block_plan, head_axes, lowered
+from geon.optim.modular import (
+    Add,
+    Bias,
+    Embed,
+    Gain,
+    Gelu,
+    Join,
+    Network,
+    Node,
+    Normalize,
+    Series,
+    residual,
+)
 from geon.optim.roles import ParamInfo, Role
 
 
@@ -93,6 +107,29 @@ class GPT2(LanguageModel):
             {"qkv.weight": (d, d, d)},
             head_axes(self.shape.n_head),
         )
+
+    def modular(self) -> Network:
+        """Residual blocks of attention and MLP; LayerNorm is a centred RMSNorm, gains and bias."""
+        s = self.shape
+        d = s.d_model
+
+        def norm(name: str) -> tuple[Node, ...]:
+            gains, bias = Gain(f"{name}.weight", (d,)), Bias(f"{name}.bias", (d,))
+            return Normalize(name, d, 1e-5, center=True), gains, bias
+
+        blocks = []
+        for i in range(s.n_layer):
+            path = f"blocks.{i}"
+            mix = attention(f"{path}.", s, s.head_dim**-0.5, (), bias=True)
+            act = mlp(path, s, Gelu(), bias=True)
+            halves = (
+                residual(Series((*norm(f"{path}.norm1"), mix), f"{path}.mix"), name=f"{path}.1"),
+                residual(Series((*norm(f"{path}.norm2"), act), act.name), name=f"{path}.2"),
+            )
+            blocks.append(Series(halves, path))
+        positions = Embed("positions.weight", (s.context, d), positions=True)
+        source = Join((table(s, True), positions), Add(), "embed")
+        return network(source, (), blocks, norm("norm"), s, "embed.weight")
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
         """N(0, 0.02^2), the ends of branches over sqrt(2 n_layer); gains 1, biases 0.

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from geon.errors import UsageError
 from geon.models.base import LanguageModel, ModelShape, declare, normal, refuse_options_of_gpt
+from geon.models.described import attention, mlp, network, table
 from geon.models.layers import (
     Projections,
     attend,
@@ -19,6 +20,16 @@ from geon.models.layers import (
     relu_squared,
     rms_norm,
     rotate,
+)
+from geon.optim.modular import (
+    Gain,
+    Network,
+    Node,
+    Normalize,
+    Rotate,
+    Series,
+    SquaredRelu,
+    residual,
 )
 from geon.optim.roles import ParamInfo, Role
 
@@ -149,6 +160,32 @@ class GPTTrack3(LanguageModel):
             {"qkv.weight": (d, d, d)},
             head_axes(self.shape.n_head),
         )
+
+    def modular(self) -> Network:
+        """Residual blocks of attention and MLP, behind norms with gains."""
+        s = self.shape
+        turning = s.head_dim // 4
+        powers = torch.linspace(0, 1, turning, device="cpu").tolist()
+        still = (0.0,) * (s.head_dim // 2 - turning)
+        rotary = Rotate((*((1 / ROPE_BASE) ** power for power in powers), *still))
+        turn = (Normalize("", s.head_dim, EPS, s.n_head), rotary)
+
+        def norm(name: str) -> tuple[Node, ...]:
+            return Normalize(name, s.d_model, EPS), Gain(f"{name}.gains", (s.d_model,))
+
+        blocks = []
+        for i in range(s.n_layer):
+            path = f"blocks.{i}"
+            mix = attention(f"{path}.", s, ATTENTION_SCALE, turn, bias=True)
+            act = mlp(path, s, SquaredRelu(), bias=True)
+            halves = (
+                residual(Series((*norm(f"{path}.norm1"), mix), f"{path}.mix"), name=f"{path}.1"),
+                residual(Series((*norm(f"{path}.norm2"), act), act.name), name=f"{path}.2"),
+            )
+            blocks.append(Series(halves, path))
+        first, last = norm("norm_embed"), norm("norm")
+        embed = table(s, False)
+        return network(embed, first, blocks, last, s, bias=True, rational=True)
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
         """Embedding N(0, 1); matrices of variance 0.33 / d_in; gains 1, biases 0.

@@ -25,6 +25,11 @@ def rms_norm(x: Tensor, gains: Tensor | None = None, eps: float = 1e-6) -> Tenso
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def joined(x: Tensor, branch: Tensor, share: float | None) -> Tensor:
+    """X + branch, or with a share s the mean (1 - s) x + s branch."""
+    return x + branch if share is None else torch.lerp(x, branch, share)
+
+
 class LayerNorm(nn.LayerNorm):
     """torch's LayerNorm, in the dtype of its input under autocast too; see rms_norm."""
 

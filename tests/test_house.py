@@ -84,7 +84,7 @@ def imports():
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
 PARTS = "adamw baselines builder costs declare entries families foreign groups health hybrid linalg"
 PARTS += " last_layers matrices place readings roles rounding router routing rule state step"
-PARTS += " storage tree finishes manifolds norms polar shard solvers views words"
+PARTS += " storage tree finishes manifolds modular norms polar shard solvers views words"
 PARTS = " ".join(f"optim.{part}" for part in PARTS.split())
 ARROWS = {
     "geon": "",
@@ -98,6 +98,7 @@ ARROWS = {
     "optim.finishes": "optim.costs optim.linalg optim.norms optim.manifolds",
     "optim.solvers": "optim.costs optim.linalg optim.norms optim.manifolds optim.polar",
     "optim.rule": "optim.costs optim.norms optim.manifolds optim.finishes optim.solvers",
+    "optim.modular": "optim.manifolds optim.norms optim.polar optim.solvers",
     "optim.views": "",
     "optim.shard": "optim.costs optim.norms optim.views",
     "optim.roles": "optim.views",
@@ -130,7 +131,7 @@ ARROWS = {
     "optim.hybrid": "optim.entries optim.groups optim.health optim.linalg optim.matrices"
     " optim.readings optim.roles optim.rule optim.shard optim.state optim.step optim.storage",
     "optim": PARTS,
-    "models": "optim.roles",
+    "models": "optim.modular optim.roles",
     "data": "",
     "configs": "",
     "engine": f"geon optim {PARTS} models data configs.changes configs.choices configs.recipes"
