@@ -166,9 +166,10 @@ WHEN = (
          lambda c: c.optim.solver.method == "lgm"),
     When("optim.momentum_dtype", "a steepest rule", _any_rule(_steepest)),
     When("optim.compile", "a steepest rule", _any_rule(_steepest)),
-    When("optim.record_pairs", "a steepest rule of hidden matrices",
-         lambda c: any(_steepest(rule) for place, rule in rules(c).items()
-                       if place == "optim.hidden" or place.startswith("optim.overrides."))),
+    *(When(key, "a steepest rule of hidden matrices",
+           lambda c: any(_steepest(rule) for place, rule in rules(c).items()
+                         if place == "optim.hidden" or place.startswith("optim.overrides.")))
+      for key in ("optim.record_pairs", "optim.budget")),
     When("logger.geometry_every", "a steepest rule", _any_rule(_steepest)),
     *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged", _any_rule(_steepest))
       for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire")),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from geon.configs.choices import Idle, Init, MomentumDtype, Nonfinite, RuleKind
+from geon.configs.choices import Budget, Idle, Init, MomentumDtype, Nonfinite, RuleKind
 from geon.errors import UsageError, nearest, shown
 
 ROOT = Path(__file__).resolve().parent / "optim"
@@ -131,6 +131,9 @@ class OptimConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Route name -> OverrideConfig: '+optim.overrides.q={pattern: "*.q.weight", lr: 0.01}'. A null
     one is left out."""
+    budget: Budget = Budget.flat
+    """modular: step sizes of hidden matrices by the masses and sensitivities of the modular norm,
+    with the rates as their geometric mean (docs/theory.md)."""
     polar: PolarConfig = field(default_factory=PolarConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     record_pairs: list[int] = field(default_factory=list)

@@ -117,7 +117,7 @@ def make_routing(model: LanguageModel, config: OptimConfig, half: bool = False) 
     """
     if half and config.polar.dtype == "auto":
         config = replace(config, polar=replace(config.polar, dtype="bf16"))
-    return route_by(model.infos, config, model.rate_scale)
+    return route_by(model.infos, config, model.rate_scale, model.modular)
 
 
 def native_half(config: Config, device: str) -> bool:

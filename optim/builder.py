@@ -16,6 +16,7 @@ from geon.errors import UsageError
 from geon.optim.foreign import Override, classified, explain
 from geon.optim.groups import FAR
 from geon.optim.hybrid import HybridOptimizer
+from geon.optim.modular.foreign import describe
 from geon.optim.roles import ParamInfo, Role
 from geon.optim.routing import ROLES, Routing, route_by
 from geon.optim.shard import Sharding
@@ -91,7 +92,7 @@ def build(
     if unsure and not fallback:
         raise UsageError(explain(unsure, [info.name for info in infos]))
     _add_rules(config, rules, infos)
-    routing = route_by(infos, config)
+    routing = route_by(infos, config, network=lambda: describe(model, infos))
     for name, rule in routing.configs.items():
         if rule.cooldown:
             raise UsageError(

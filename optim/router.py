@@ -102,11 +102,15 @@ def table(
         if marks:
             shape += f" ({', '.join(marks)})"
         rows.setdefault((assigned[info.name], info.role, shape), []).append(info)
-    lines = [f"{'route':<10} {'role':<10} {'shape':<31} {'count':>5} {'params':>13}  rule; example"]
+    wide = max(10, *(len(taker) for taker, _, _ in rows)) if rows else 10
+    head = (
+        f"{'route':<{wide}} {'role':<10} {'shape':<31} {'count':>5} {'params':>13}  rule; example"
+    )
+    lines = [head]
     for (taker, role, shape), members in rows.items():
         total = sum(m.numel for m in members)
         lines.append(
-            f"{taker:<10} {role:<10} {shape:<31} {len(members):>5} {total:>13,}  "
+            f"{taker:<{wide}} {role:<10} {shape:<31} {len(members):>5} {total:>13,}  "
             f"{rules[taker]}; {members[0].name}"
         )
     return "\n".join(lines)

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from geon.configs.choices import RuleKind
+from geon.configs.choices import Budget, RuleKind
 from geon.configs.recipes import OptimConfig, RuleConfig
 from geon.errors import UsageError
 from geon.optim.entries import EntryRule
 from geon.optim.groups import Group, check_idle
 from geon.optim.matrices import check_per_head
+from geon.optim.modular import Network
+from geon.optim.modular.budget import step_factors
 from geon.optim.roles import Block, ParamInfo, Role
 from geon.optim.router import Route, route, table
 from geon.optim.rule import Rule
@@ -29,12 +31,17 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Routing:
-    """Who steps what: rules by route name, and the route of each parameter."""
+    """Who steps what: rules by route name, and the route of each parameter.
+
+    Attributes:
+        note: what else there is to say of the rates, for tables.
+    """
 
     infos: list[ParamInfo]
     assigned: dict[str, str]
     rules: dict[str, Rule | EntryRule]
     configs: dict[str, RuleConfig]
+    note: str = ""
 
     def rule(self, info: ParamInfo) -> Rule | EntryRule:
         """Rule of a parameter."""
@@ -73,7 +80,8 @@ class Routing:
             for name, rule in self.rules.items()
         }
         per_head = [name for name, config in self.configs.items() if config.per_head]
-        return table(self.infos, self.assigned, described, per_head)
+        found = table(self.infos, self.assigned, described, per_head)
+        return f"{found}\n{self.note}" if self.note else found
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Roles and routes in plain containers, for JSON."""
@@ -96,14 +104,16 @@ def route_by(
     infos: Sequence[ParamInfo],
     recipe: OptimConfig,
     rate_scale: Callable[[ParamInfo], float] = lambda _: 1.0,
+    network: Callable[[], Network] | None = None,
 ) -> Routing:
     """Give every parameter the rule that a recipe has for it.
 
     rate_scale: what an AdamW rate is multiplied by for a parameter (muP).
+    network: gives the model as a tree of modules, for budget=modular.
 
     Raises:
         UsageError: an unknown norm or manifold, a pair without a solver, a parameter no rule takes,
-            heads for AdamW.
+            heads for AdamW, a budget without effect.
     """
     overrides = sorted(recipe.overrides.items(), key=lambda item: item[1].optional)
     routes = [
@@ -122,17 +132,64 @@ def route_by(
         for name, config in configs.items()
         if name in assigned.values()
     }
+    note = ""
+    if recipe.budget is Budget.modular:
+        assigned, used, note = _shared_out(infos, assigned, used, network)
     ladder = make_ladder(recipe.solver)
     rules = {
-        name: make_rule(config, recipe.polar, ladder, f"optim.{name}", recipe.compile)
+        name: make_rule(config, recipe.polar, ladder, f"optim.{_base(name)}", recipe.compile)
         for name, config in used.items()
     }
     if recipe.compile and not any(isinstance(rule, Rule) for rule in rules.values()):
         raise UsageError("optim.compile=true has no effect: no rule of this recipe steps matrices")
     for name, rule in rules.items():
-        check_per_head(rule, used[name].per_head, f"optim.{name}")
-        check_idle(rule, used[name].idle.value, f"optim.{name}")
-    return Routing(list(infos), assigned, rules, used)
+        check_per_head(rule, used[name].per_head, f"optim.{_base(name)}")
+        check_idle(rule, used[name].idle.value, f"optim.{_base(name)}")
+    return Routing(list(infos), assigned, rules, used, note)
+
+
+def _shared_out(
+    infos: Sequence[ParamInfo],
+    assigned: Mapping[str, str],
+    used: Mapping[str, RuleConfig],
+    network: Callable[[], Network] | None,
+) -> tuple[dict[str, str], dict[str, RuleConfig], str]:
+    """Cut routes of hidden matrices by their factors of the budget: hidden*0.5774, and so on.
+
+    A param group has one rate; so matrices of a route whose step sizes differ are of several.
+    """
+    own = {
+        info.name
+        for info in infos
+        if info.role is Role.HIDDEN and used[assigned[info.name]].rule is RuleKind.steepest
+    }
+    if not own or network is None:
+        raise UsageError(
+            "optim.budget=modular has no effect: it shares step sizes out over hidden matrices "
+            "that a steepest rule steps, and this recipe has none; leave it out"
+        )
+    factors = step_factors(network(), own)
+    routes = {
+        name: f"{route}*{factors[name]:.4g}" if name in factors else route
+        for name, route in assigned.items()
+    }
+    found = {}
+    for base, config in used.items():
+        members = {name: route for name, route in routes.items() if assigned[name] == base}
+        for name in members:
+            factor = float(f"{factors.get(name, 1.0):.4g}")
+            found[routes[name]] = replace(config, lr=config.lr * factor)
+    low, high = min(factors.values()), max(factors.values())
+    note = (
+        f"budget: rates of {len(factors)} hidden weights are times {low:.4g} to {high:.4g}, by "
+        "the masses and sensitivities of the modular norm; their geometric mean is that of flat"
+    )
+    return routes, found, note
+
+
+def _base(name: str) -> str:
+    """The route that a route of the budget is a part of."""
+    return name.partition("*")[0]
 
 
 def _scaled(

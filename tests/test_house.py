@@ -98,7 +98,7 @@ ARROWS = {
     "optim.finishes": "optim.costs optim.linalg optim.norms optim.manifolds",
     "optim.solvers": "optim.costs optim.linalg optim.norms optim.manifolds optim.polar",
     "optim.rule": "optim.costs optim.norms optim.manifolds optim.finishes optim.solvers",
-    "optim.modular": "optim.manifolds optim.norms optim.polar optim.solvers",
+    "optim.modular": "optim.manifolds optim.norms optim.polar optim.roles optim.solvers optim.tree",
     "optim.views": "",
     "optim.shard": "optim.costs optim.norms optim.views",
     "optim.roles": "optim.views",
@@ -113,9 +113,9 @@ ARROWS = {
     "optim.words": "configs.choices configs.recipes optim.adamw optim.baselines optim.entries"
     " optim.finishes optim.linalg optim.manifolds optim.norms optim.polar optim.rule optim.solvers",
     "optim.routing": "configs.choices configs.recipes optim.entries optim.groups optim.matrices"
-    " optim.roles optim.router optim.rule optim.words",
+    " optim.modular optim.roles optim.router optim.rule optim.words",
     "optim.builder": "configs.choices configs.recipes optim.foreign optim.groups optim.hybrid"
-    " optim.roles optim.routing optim.shard optim.tree",
+    " optim.modular optim.roles optim.routing optim.shard optim.tree",
     "optim.entries": "",
     "optim.adamw": "optim.entries optim.step",
     "optim.baselines": "optim.entries",
