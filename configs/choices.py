@@ -8,6 +8,10 @@ class Mode(Enum):
 
     train = "train"
     plan = "plan"
+    """Say what would be sent, computed and held, and stop."""
+    certify = "certify"
+    """Print bounds of activations and sensitivities of the weights that a run would start or go on
+    from (checkpoint.resume), and stop."""
 
 
 class Format(Enum):

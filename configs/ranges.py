@@ -155,6 +155,7 @@ RANGES: dict[str, Test] = {
     "health.max_rewinds": positive(10**6),
     "health.spike": must("0, or between 2 and 1e9", lambda x: x == 0 or 2 <= x <= 1e9),
     "logger.every": positive(10**9),
+    "logger.certify_every": STEPS,
     "logger.geometry_every": STEPS,
     "logger.spectrum_every": STEPS,
     "logger.wandb_project": line(128, empty=False),

@@ -265,6 +265,8 @@ class LoggerConfig:
     """Steps between records of the hidden weights' singular values; 0 never."""
     geometry_every: int = 0
     """Steps between inspections of directions on manifolds (certified gap, tangency); 0 never."""
+    certify_every: int = 0
+    """Steps between certificates in the log: bounds of logits and of sensitivity; 0 never."""
     wandb: bool = False
     wandb_project: str = "geon"
     wandb_mode: str = "offline"

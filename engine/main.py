@@ -12,6 +12,7 @@ from geon.configs.schema import Config, Mode
 from geon.engine import build, fitting, planning, resume
 from geon.engine.agreement import check_alike, on_main
 from geon.engine.callbacks import Compilation, Evaluator, Progress, Spectrum
+from geon.engine.certify import Certify, certify
 from geon.engine.checkpointer import Checkpointer
 from geon.engine.checks import Checked, absent, check, check_launched, count_ids
 from geon.engine.curvature import Curvature
@@ -56,6 +57,11 @@ def execute(config: Config, env: Env) -> None:
                 )
             if config.data.source is Source.stream and config.plan.format is Format.table:
                 print(f"data, of which nothing was read: {checked.corpus.facts}")
+        return
+    if config.mode is Mode.certify:
+        found = certify(prepare(config, env, [])[0].run)
+        if found is not None:
+            print(found.table(), flush=True)
         return
     train(config, env)
 
@@ -189,6 +195,8 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.insert(1, Spectrum(config.logger.spectrum_every))
     if config.logger.geometry_every:
         callbacks.insert(1, Geometry(config.logger.geometry_every))
+    if config.logger.certify_every:
+        callbacks.insert(1, Certify(config.logger.certify_every))
     if config.optim.record_pairs:
         callbacks.append(RecordPairs(config.optim.record_pairs))
     return callbacks

@@ -317,12 +317,13 @@ def block_bytes(
     d, own, heads = s.d_model, s.d_model // tensor, s.n_head // tensor
     # Norms' inputs and outputs; q, k, v and what attention gives; the MLP before and after its
     # non-linearity.
-    kept = 2 * d * (size if model.arch == "gpt2" else wide) + 2 * d * size
+    normed = s.norm == "rms"
+    kept = 2 * d * (size if model.arch == "gpt2" else wide) * normed + 2 * d * size
     kept += 4 * own * size + 2 * s.mlp_ratio * own * size
     # Of attention by head: its odds, or their log-sum-exp. By token a norm's factor, and a mean.
     kept += heads * (s.context * size if composed else FP32)
-    kept += 2 * FP32 * (2 if model.arch == "gpt2" else 1)
-    if model.arch != "gpt2":  # q and k go through norms of their own
+    kept += 2 * FP32 * (2 if model.arch == "gpt2" else 1) * normed
+    if model.arch != "gpt2" and normed:  # q and k go through norms of their own
         kept += 2 * own * wide + 2 * FP32 * heads
         # v keeps the fused product alive, and those norms' inputs where they are parts of it
         if s.fused_qkv and not composed and (model.arch == "gpt" or wide > size):
@@ -333,6 +334,8 @@ def block_bytes(
 def outer_bytes(model: LanguageModel, tokens: int, size: int, wide: int) -> int:
     """Bytes kept outside of the blocks: inputs of the outer norms, gradient of the head's input."""
     d = model.shape.d_model
+    if model.shape.norm == "none":
+        return tokens * d * size
     if model.arch != "gpt2":
         return tokens * (2 * (d * wide + FP32) + d * size)
     return tokens * (2 * d * size + 2 * FP32)

@@ -17,10 +17,9 @@ def step_factors(network: Network, names: Collection[str]) -> dict[str, float]:
     """Factors on the step sizes of hidden matrices, by parameter; their geometric mean is 1.
 
     Steepest descent in the modular norm steps each matrix by 1/c in its own norm, c of the
-    unit reading. That fixes ratios; what is fixed besides is the mean over the matrices that have
-    a factor, in the logarithm, because rates are tuned there. It keeps no secret of depth: with the
-    mass of all blocks given, 1/c of the geometric mean tends to a number as the depth grows
-    (docs/theory.md), so a rate that was tuned at one depth is one for the others.
+    unit reading. That fixes their ratios. The geometric mean is set to 1, which is what flat rates
+    have: with the mass of all blocks given, the geometric mean of 1/c tends to a constant as the
+    depth grows (docs/theory.md), so nothing that depends on depth is lost by it.
 
     names: of the parameters whose rules step matrices.
 

@@ -54,8 +54,14 @@ ARITHMETIC = [
 ]
 
 
-@pytest.mark.parametrize(("arch", "precision", "again"), ARITHMETIC)
-@pytest.mark.parametrize("more", [[], ["model.fused_qkv=true", "model.d_model=64"]])
+MORE = [[], ["model.fused_qkv=true", "model.d_model=64"]]
+OF_GPT = [["model.residual=scaled"], ["model.norm=none"]]
+
+
+@pytest.mark.parametrize(
+    ("arch", "precision", "again", "more"),
+    [(*one, more) for one in ARITHMETIC for more in MORE + OF_GPT * (one[0] == "gpt")],
+)
 def test_what_autograd_saves_is_what_was_predicted(arch, precision, again, more):
     options = [f"model={arch}", f"parallel.precision={precision}", "optim=adamw"]
     trainer, found = job(*options, f"parallel.activation_checkpointing={again}", *more)
