@@ -49,9 +49,10 @@ class Scale(Bond):
 class Normalize(Bond):
     """RMSNorm without gains, of whole vectors or of each head's share; centred: LayerNorm.
 
-    x / sqrt(rms(x)^2 + eps) moves by |x - y| / sqrt(r^2 + eps) at most if neither x nor y is
-    smaller than r: after Dunkl and Williams (1964), as unit vectors of a space of one dimension
-    more. So its sensitivity is conditional on the smallest RMS, and 1 / sqrt(eps) without one.
+    With one more entry sqrt(d eps), x / sqrt(rms(x)^2 + eps) is what x becomes on a sphere. If
+    neither of two vectors is smaller than r, the sphere may be shrunk to where it is a projection
+    on a ball, which brings nothing further apart: they move by |x - y| / sqrt(r^2 + eps) at most.
+    So its sensitivity is conditional on the smallest RMS, and 1 / sqrt(eps) without one.
 
     Attributes:
         place: name under which the smallest RMS is noted.
@@ -259,7 +260,7 @@ class Multiply(Meeting):
 def residual(branch: Node, share: float | None = None, name: str = "") -> Join:
     """X + branch(x), or with a share s (1 - s) x + s branch(x): of sensitivity 1 if the branch is.
 
-    Source of the second: Large et al., arXiv 2405.14813, proposition 5.
+    Source of the second: Large et al., arXiv 2405.14813.
     """
     if share is None:
         return Join((Scale(1.0), branch), Add(), name)

@@ -69,12 +69,12 @@ def describe(model: nn.Module, infos: Sequence[ParamInfo]) -> Network:
             _check_covered(own, infos)
             return own
     known = {bare(info.name): info for info in infos}
-    blocks = [
-        _block(bare(path), LAYERS[kind], known, getattr(module, "use_parallel_residual", False))
-        for path, module in model.named_modules()
-        for kind in classes(module)
-        if kind in LAYERS
-    ]
+    blocks = []
+    for path, module in model.named_modules():
+        kind = next((one for one in classes(module) if one in LAYERS), None)
+        if kind is not None:
+            parallel = getattr(module, "use_parallel_residual", False)
+            blocks.append(_block(bare(path), LAYERS[kind], known, parallel))
     tables = [info for info in infos if info.role in (Role.EMBEDDING, Role.TIED)]
     if not tables:
         raise UsageError("optim.budget=modular: the model has no embedding, so it is no decoder")

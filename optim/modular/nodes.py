@@ -1,7 +1,7 @@
 """A network as a tree of modules, each with a forward function, bounds, a mass and sensitivities.
 
 The rules are those of Large et al. (arXiv 2405.14813) and Bernstein and Newhouse (arXiv
-2410.21265), section 3; docs/theory.md writes them down. Activations are (batch, time, d), and the
+2410.21265); docs/theory.md writes them down. Activations are (batch, time, d), and the
 size of one is the largest RMS of a token's vector.
 """
 

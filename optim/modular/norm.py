@@ -53,7 +53,7 @@ class ModularNorm:
 
         norms: in place of those that atoms have, by key.
 
-        Source: Large et al., arXiv 2405.14813, definitions 3 and 4, in one formula.
+        Source: Large et al., arXiv 2405.14813: composition and concatenation, in one formula.
         """
         changes, shares = network.changes(reading), network.shares()
         own = {key: NORMS[atom.norm]() for key, atom in network.atoms().items()}
