@@ -102,7 +102,7 @@ def table(
         if marks:
             shape += f" ({', '.join(marks)})"
         rows.setdefault((assigned[info.name], info.role, shape), []).append(info)
-    wide = max(10, *(len(taker) for taker, _, _ in rows)) if rows else 10
+    wide = max([10, *(len(taker) for taker, _, _ in rows)])
     head = (
         f"{'route':<{wide}} {'role':<10} {'shape':<31} {'count':>5} {'params':>13}  rule; example"
     )

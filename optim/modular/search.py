@@ -140,7 +140,7 @@ class Search:
         free = self._normal((count, self.time, self._width))
         # Powers concentrate a vector on few entries, where the bounds of squares are reached.
         free = free.sign() * free.abs() ** (1 + 7 * self._uniform(count))
-        free = self._within(free * (1e30 * rms(free).amax()), shrink=True)
+        free = self._within(free * 1e30, shrink=True)  # as large as the bounds allow, or less
         is_free = torch.arange(count) % 2 == 0
         return torch.where(is_free[:, None, None], free, looked)
 

@@ -266,8 +266,9 @@ class Plan:
             m = job.matrix
             key = (m.route, f"{m.shape[0]} x {m.shape[1]}", m.layout.name, str(job.transport))
             kinds.setdefault(key, []).append(job)
+        wide = max([10, *(len(key[0]) for key in kinds)])
         lines = [
-            f"{'route':<10} {'matrix':<14} {'layout':<13} {'transport':<10} {'count':>5} "
+            f"{'route':<{wide}} {'matrix':<14} {'layout':<13} {'transport':<10} {'count':>5} "
             f"{'owners':>6} {'KiB sent/rank':>14} {'GFLOP':>10}"
         ]
         for (route, shape, layout, transport), jobs in kinds.items():
@@ -275,7 +276,7 @@ class Plan:
             flops = sum(job.total_flops for job in jobs)
             owners = len({job.owner for job in jobs}) if jobs[0].transport.owned else 0
             lines.append(
-                f"{route:<10} {shape:<14} {layout:<13} {transport:<10} {len(jobs):>5} "
+                f"{route:<{wide}} {shape:<14} {layout:<13} {transport:<10} {len(jobs):>5} "
                 f"{owners or '-':>6} {sent / 1024:>14,.1f} {flops / 1e9:>10,.3f}"
             )
         return "\n".join([*lines, self.summary()])
