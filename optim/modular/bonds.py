@@ -83,7 +83,7 @@ class Normalize(Bond):
 
     def forward(self, x: Tensor, values: Values) -> Tensor:
         """Normalise, and note the smallest RMS of each input of the batch."""
-        shares = x.unflatten(-1, (-1, self.width))
+        shares = x.reshape(*x.shape[:-1], -1, self.width)
         if self.center:
             shares = shares - shares.mean(-1, keepdim=True)
         if values.noting:
@@ -174,7 +174,7 @@ class Rotate(Bond):
         frequency = torch.tensor(self.frequencies, dtype=x.dtype, device=x.device)
         time = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
         angle = (time[:, None] * frequency)[:, None]
-        first, second = x.unflatten(-1, (-1, 2 * len(frequency))).chunk(2, -1)
+        first, second = x.reshape(*x.shape[:-1], -1, 2 * len(frequency)).chunk(2, -1)
         cos, sin = angle.cos(), angle.sin()
         turned = torch.cat((first * cos + second * sin, second * cos - first * sin), -1)
         return turned.flatten(-2)
@@ -215,7 +215,7 @@ class Attention(Meeting):
 
     def forward(self, xs: list[Tensor]) -> Tensor:
         """Attend; in the dtype of the inputs."""
-        q, k, v = (x.unflatten(-1, (-1, self.width)).transpose(1, 2) for x in xs)
+        q, k, v = (x.reshape(*x.shape[:-1], -1, self.width).transpose(1, 2) for x in xs)
         logits = q @ k.mT * self.scale
         later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         odds = logits.masked_fill(later, -torch.inf).softmax(-1)

@@ -27,7 +27,7 @@ def spectral_bound(weight: Tensor) -> float:
     weight = weight.detach()
     m, n = weight.shape
     gram = torch.zeros(n, n, dtype=torch.float64, device=weight.device)
-    for rows in weight.split(ROWS):
+    for rows in _pieces(weight):
         wide = rows.double()
         gram += wide.mT @ wide
     gram = (gram + gram.mT) / 2
@@ -63,5 +63,9 @@ def _schatten(gram: Tensor, trace: float) -> float:
 @torch.no_grad()
 def largest_row(weight: Tensor) -> float:
     """2-norm of the largest row, in fp64."""
-    sizes = [rows.double().norm(dim=-1).max() for rows in weight.detach().split(ROWS)]
+    sizes = [rows.double().norm(dim=-1).max() for rows in _pieces(weight.detach())]
     return float(torch.stack(sizes).max()) * (1.0 + 1e-12)
+
+
+def _pieces(weight: Tensor) -> list[Tensor]:
+    return [weight[start : start + ROWS] for start in range(0, len(weight), ROWS)]
