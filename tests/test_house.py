@@ -144,8 +144,7 @@ ALONE |= {"launch.env", "launch.signals"}
 LAZY_ARROWS = {"launch": "configs configs.changes configs.schema"}
 ONLY_NAMES = {("optim.shard", "optim.norms"): {"Reach"}}
 
-# Other packages: at the top of a file, and inside functions.
-OTHERS = {
+OTHERS = {  # other packages at the top of a file; inside of functions LAZY_OTHERS too
     "optim": "torch",
     "models": "torch",
     "data": "torch numpy",
