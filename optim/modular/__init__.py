@@ -68,7 +68,6 @@ __all__ = [
     "Softcap",
     "SquaredRelu",
     "Trace",
-    "UNIT",
     "Values",
     "WeightSize",
     "exact_norms",
