@@ -112,6 +112,8 @@ class RuleKind(Enum):
 
     steepest = "steepest"
     adamw = "adamw"
+    adam_rows = "adam_rows"
+    """Adam with one second moment a row (optim/row_adam.py): embeddings and heads."""
     baseline = "baseline"
     """Another package's optimizer (optim/baselines.py)."""
 

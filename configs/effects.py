@@ -181,6 +181,8 @@ line is read by every run."""
 _ANY_RULE = "rule lr lr_scale cooldown"
 RULE_READS = {
     RuleKind.adamw: f"{_ANY_RULE} weight_decay betas eps per_head idle pattern optional",
+    RuleKind.adam_rows: f"{_ANY_RULE} weight_decay betas norm radius per_head idle pattern "
+    "optional",
     RuleKind.baseline: f"{_ANY_RULE} baseline options per_head idle pattern optional",
     RuleKind.steepest: f"{_ANY_RULE} weight_decay norm manifold manifold_options momentum nesterov "
     "radius second_moment even_rows finishes idle spectral_scale per_head init pattern optional",

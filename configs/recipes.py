@@ -53,7 +53,7 @@ class RuleConfig:
     at the scale of the whole matrix; parameters without heads are stepped whole."""
     init: Init = Init.model
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW only."""
+    """AdamW and adam_rows."""
     eps: float = 1e-8
     """AdamW only."""
     baseline: str = ""

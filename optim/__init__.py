@@ -16,6 +16,7 @@ from geon.optim.norms import NORMS, Norm, Sign, Spectral
 from geon.optim.polar import Polar, polar, polar_svd
 from geon.optim.roles import Block, ParamInfo, Role
 from geon.optim.router import Route, route, table
+from geon.optim.row_adam import RowAdam
 from geon.optim.rule import Rule
 from geon.optim.shard import Placement, Sharding
 from geon.optim.solvers import Ladder, certify, steepest
@@ -70,6 +71,7 @@ __all__ = [
     "Role",
     "Route",
     "Routing",
+    "RowAdam",
     "Rule",
     "Sharding",
     "Sign",

@@ -15,6 +15,8 @@ class EntryRule(ABC):
 
     cuts: bool = True
     """Whether it may step pieces of parameters (FSDP2, tensor parallelism, DeepSpeed)."""
+    whole_rows: bool = False
+    """Whether such pieces must be whole rows of a matrix."""
 
     @property
     @abstractmethod

@@ -171,6 +171,7 @@ def check_groups(
                     f"group '{group.name}': {group.rule.name} needs whole parameters, and "
                     f"'{info.name}' is cut over ranks: step it by AdamW, or use DDP"
                 )
+            _check_rows(group, info, param, shapes)
             if param.dtype == torch.float64 and isinstance(group.rule, Rule):
                 raise UsageError(
                     f"parameter '{info.name}' is float64, and {group.rule.name} works in fp32, so "
@@ -201,6 +202,19 @@ def _identities(param: Tensor) -> Iterable[Any]:
     own = param.to_local() if hasattr(param, "to_local") else param
     if own.numel() and own.device.type != "meta":
         yield own.device, own.data_ptr()
+
+
+def _check_rows(group: Group, info: ParamInfo, param: Tensor, shapes: bool) -> None:
+    """Refuse what a rule of whole rows could not step: vectors, and pieces of rows."""
+    if not (isinstance(group.rule, EntryRule) and group.rule.whole_rows):
+        return
+    cut = any(p.is_shard(param.ndim - 1) for p in getattr(param, "placements", ()))
+    if len(info.shape) != 2 or cut or not shapes:
+        what = f"of shape {info.shape}" if len(info.shape) != 2 else "cut within its rows"
+        raise UsageError(
+            f"group '{group.name}': {group.rule.name} steps whole rows of matrices, and "
+            f"'{info.name}' is {what}: step it by AdamW"
+        )
 
 
 def _check_role(info: ParamInfo, group: Group) -> None:

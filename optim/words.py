@@ -15,6 +15,7 @@ from geon.optim.linalg import Precision
 from geon.optim.manifolds import MANIFOLDS, Manifold
 from geon.optim.norms import NORMS, Norm, Spectral
 from geon.optim.polar import Polar
+from geon.optim.row_adam import RowAdam
 from geon.optim.rule import Rule
 from geon.optim.solvers import Ladder
 
@@ -25,11 +26,15 @@ def make_rule(
     config: RuleConfig, polar: PolarConfig, ladder: Ladder, key: str, compiled: bool = False
 ) -> Rule | EntryRule:
     """Build one rule; `key` is its place in the config, for messages."""
+    if config.rule in (RuleKind.adamw, RuleKind.adam_rows) and len(config.betas) != 2:
+        raise UsageError(f"{key}.betas needs two numbers, got {config.betas}")
     if config.rule is RuleKind.adamw:
-        if len(config.betas) != 2:
-            raise UsageError(f"{key}.betas needs two numbers, got {config.betas}")
         return AdamW((config.betas[0], config.betas[1]), config.eps, config.weight_decay)
     try:
+        if config.rule is RuleKind.adam_rows:
+            norm: Any = _make_norm(config, polar, key)
+            betas = config.betas[0], config.betas[1]
+            return RowAdam(norm, config.radius, betas, config.weight_decay)
         if config.rule is RuleKind.baseline:
             return Baseline(config.baseline, config.options)
         return Rule(

@@ -83,13 +83,13 @@ def imports():
 # Who may import whom. A unit is a folder of the package, a folder in optim/, or a file in optim/;
 # the longest name that fits wins. geon.errors and the unit itself are always allowed.
 PARTS = "adamw baselines builder costs declare entries families foreign groups health hybrid linalg"
-PARTS += " last_layers matrices place readings roles rounding router routing rule state step"
-PARTS += " storage tree finishes manifolds modular norms polar shard solvers views words"
+PARTS += " last_layers matrices place readings roles rounding router routing row_adam rule"
+PARTS += " state step storage tree finishes manifolds modular norms polar shard solvers views words"
 PARTS = " ".join(f"optim.{part}" for part in PARTS.split())
 ARROWS = {
     "geon": "",
     "geon.errors": "",
-    "optim.costs": "",
+    **dict.fromkeys(("optim.costs", "optim.entries", "optim.views"), ""),
     "optim.health": "optim.shard",
     "optim.linalg": "",
     "optim.polar": "optim.costs optim.linalg",
@@ -99,7 +99,6 @@ ARROWS = {
     "optim.solvers": "optim.costs optim.linalg optim.norms optim.manifolds optim.polar",
     "optim.rule": "optim.costs optim.norms optim.manifolds optim.finishes optim.solvers",
     "optim.modular": "optim.manifolds optim.norms optim.polar optim.roles optim.solvers optim.tree",
-    "optim.views": "",
     "optim.shard": "optim.costs optim.norms optim.views",
     "optim.roles": "optim.views",
     "optim.router": "optim.roles",
@@ -111,13 +110,13 @@ ARROWS = {
     "optim.foreign": "optim.declare optim.families optim.last_layers optim.place optim.roles"
     " optim.tree",
     "optim.words": "configs.choices configs.recipes optim.adamw optim.baselines optim.entries"
-    " optim.finishes optim.linalg optim.manifolds optim.norms optim.polar optim.rule optim.solvers",
+    " optim.finishes optim.linalg optim.manifolds optim.norms optim.polar optim.row_adam"
+    " optim.rule optim.solvers",
     "optim.routing": "configs.choices configs.recipes optim.entries optim.groups optim.matrices"
     " optim.modular optim.roles optim.router optim.rule optim.words",
     "optim.builder": "configs.choices configs.recipes optim.foreign optim.groups optim.hybrid"
     " optim.modular optim.roles optim.routing optim.shard optim.tree",
-    "optim.entries": "",
-    "optim.adamw": "optim.entries optim.step",
+    **dict.fromkeys(("optim.adamw", "optim.row_adam"), "optim.entries optim.norms optim.step"),
     "optim.baselines": "optim.entries",
     "optim.readings": "optim.rule optim.solvers",
     "optim.rounding": "optim.shard optim.tree",
