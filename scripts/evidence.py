@@ -7,7 +7,8 @@ python -m geon.scripts.evidence --read                   # the table of what has
 Every arm of the sweep is given as many short runs as the others, under one seed: its grid of
 rates, at the grid's schedule.steps; at the best of them the rates of embedding and head halved and
 doubled; at the best of these no weight decay and three times it, or half and twice the radius where
-there is none. What is best runs with three seeds at the schedule.steps of the sweep's overrides.
+there is none. What is best runs at the schedule.steps of the sweep's overrides, at its rate and
+at half of it (longer runs want smaller ones), and the better of the two with two more seeds.
 Writes results/<sweep>.json and <sweep>.png after every arm.
 """
 
@@ -30,7 +31,8 @@ from geon.scripts.leaderboard import best, by_arm, curve, tokens_to
 
 LR = "optim.lr"
 STEPS = "schedule.steps"
-SEEDS = (0, 1, 2)
+MORE_SEEDS = (1, 2)
+"""Besides the search's."""
 YARDSTICK = "adamw"
 """Arm whose final loss the others' curves are held against."""
 RIVALS = ("muon", "normuon")
@@ -85,18 +87,24 @@ class Study:
             searched += more
             chosen = best(searched) or chosen
         at = {**chosen.point, STEPS: self.steps}
-        runs = [self.job(arm, {**at, "seed": seed}) for seed in SEEDS]
+        pair = [self.job(arm, {**at, LR: at[LR] * factor}) for factor in (1.0, 0.5)]
+        studies.finish(pair, told, self.config)
+        first = best(pair) or pair[0]
+        runs = [first, *(self.job(arm, {**first.point, "seed": seed}) for seed in MORE_SEEDS)]
         studies.finish(runs, told, self.config)
+        jobs = [*searched, *pair, *runs[1:]]
         done = any(job.report is not None for job in runs)
-        return [*searched, *runs], row(searched, chosen, runs) if done else None
+        return jobs, row(searched, pair, runs) if done else None
 
     def job(self, arm: str, point: Mapping[str, Any]) -> Job:
         """Job of an arm at a point."""
         return make_job(self.config, self.told, arm, point)
 
 
-def row(searched: Sequence[Job], chosen: Job, runs: Sequence[Job]) -> dict[str, Any]:
+def row(searched: Sequence[Job], pair: Sequence[Job], runs: Sequence[Job]) -> dict[str, Any]:
     """One arm's line: what it was searched with, and what its runs at full length gave."""
+    chosen = best(searched) or searched[0]
+    point = runs[0].point
     done = [(job, report) for job in runs if (report := job.report) is not None]
     losses = {job.point["seed"]: studies.loss_of(report) for job, report in done}
     loss, sem = studies.mean_sem(list(losses.values()))
@@ -108,10 +116,12 @@ def row(searched: Sequence[Job], chosen: Job, runs: Sequence[Job]) -> dict[str, 
         "sem": sem,
         "seeds": len(done),
         "losses": losses,
-        "runs_searched": sum(job.report is not None for job in searched),
-        "lr": chosen.point[LR],
+        "runs_searched": sum(job.report is not None for job in (*searched, pair[1])),
+        "lr": point[LR],
+        "lr_of_search": chosen.point[LR],
         "lr_inside_grid": rates[0] < chosen.point[LR] < rates[-1],
-        "settings": {k: v for k, v in chosen.point.items() if k not in (LR, STEPS, "seed")},
+        "by_lr": {f"{j.point[LR]:g}": studies.loss_of(j.report) for j in pair if j.report},
+        "settings": {k: v for k, v in point.items() if k not in (LR, STEPS, "seed")},
         "search_loss": studies.loss_of(chosen.report) if chosen.report else None,
         "state_bytes_per_param": report["optimizer_state_bytes"] / report["parameters"],
         "step_share": median(report["optimizer_share"] for _, report in done),

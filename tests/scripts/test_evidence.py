@@ -79,9 +79,9 @@ def test_arms_search_alike_and_their_best_settings_run_whole(tmp_path, ran):
         assert row["loss"] == pytest.approx(BASE[arm] + 0.01), arm
         assert row["lr"] == pytest.approx(BEST[arm])
         assert row["lr_inside_grid"]
-        assert row["runs_searched"] == 7
+        assert row["runs_searched"] == 8
         steps = [job.point["schedule.steps"] for job in ran if job.arm == arm]
-        assert steps == [150] * 7 + [600] * 3
+        assert steps == [150] * 7 + [600] * 4  # one at half the rate
     assert rows["hybrid"]["minus_muon"] == pytest.approx([-0.1, 0.0])
     assert rows["hybrid"]["settings"]["optim.hidden.weight_decay"] == 0.0
     # down a line from 2.01 at half the tokens to 1.01 at all of them: adamw's 1.51 is half way
