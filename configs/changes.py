@@ -48,6 +48,7 @@ TABLE: dict[str, Kind] = {
     "optim.nonfinite": Kind.said,
     # What the weights are a function of.
     "seed": Kind.refused,
+    "task": Kind.refused,
     "model.*": Kind.refused,
     "data.*": Kind.refused,
     "optim.*": Kind.refused,

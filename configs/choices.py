@@ -21,12 +21,24 @@ class Format(Enum):
     json = "json"
 
 
+class Task(Enum):
+    """What a model learns."""
+
+    text = "text"
+    """The next token."""
+    image = "image"
+    """The class of an image."""
+
+
 class Arch(Enum):
     """Architecture (models/)."""
 
     gpt = "gpt"
     gpt2 = "gpt2"
     gpt_track3 = "gpt_track3"
+    mlp = "mlp"
+    vit = "vit"
+    conv = "conv"
 
 
 class Residual(Enum):
@@ -64,6 +76,7 @@ class Source(Enum):
     synthetic = "synthetic"
     stream = "stream"
     mix = "mix"
+    images = "images"
 
 
 class Layouts(Enum):

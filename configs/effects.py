@@ -16,6 +16,7 @@ from geon.configs.choices import (
     RuleKind,
     Shape,
     Source,
+    Task,
     TransportChoice,
 )
 from geon.configs.overrides import flat
@@ -59,6 +60,8 @@ def _split(config: Config) -> bool:
     data = config.data
     if data.source is Source.mix:
         return any(part.source is not Source.bins for part in data.parts().values())
+    if data.source is Source.images and data.path:
+        return False  # CIFAR-10's test images are its own
     return data.source is not Source.bins and not data.val_split
 
 
@@ -76,6 +79,10 @@ def _has_members(config: Config, place: str) -> bool:
     tied = model.arch is Arch.gpt2 or model.tied
     vectors = model.arch is not Arch.gpt or model.gains
     own = not model.tied  # gpt2's positions are an embedding, whatever its head
+    if config.task is Task.image:
+        return place not in ("optim.tied", "optim.rest") and (
+            place != "optim.embedding" or model.arch is Arch.vit
+        )
     roles = {"embedding": own, "head": not tied, "tied": tied, "rest": vectors}
     return roles.get(place.removeprefix("optim."), True)
 
@@ -85,7 +92,7 @@ def _globs(config: Config) -> bool:
 
 
 def _text(config: Config) -> bool:
-    return config.data.source is not Source.synthetic
+    return config.data.source not in (Source.synthetic, Source.images)
 
 
 def _polar(rule: RuleConfig) -> bool:
@@ -103,7 +110,7 @@ def _ladder(rule: RuleConfig) -> bool:
 
 
 WHEN = (
-    When("data.path", "data=text", _source(Source.text)),
+    When("data.path", "data=text or images", _source(Source.text, Source.images)),
     When("data.bpe_vocab", "data=text, without data.tokenizer",
          lambda c: c.data.source is Source.text and not c.data.tokenizer),
     When("data.skip_undecodable", "data=text", _reads(Source.text)),
@@ -113,7 +120,9 @@ WHEN = (
     When("data.train", "data=bins, without data.dir", _globs),
     When("data.val", "data=bins, without data.dir", _globs),
     When("data.dtype", "data=bins, without data.dir", _globs),
-    When("data.tokens", "data=synthetic", _source(Source.synthetic)),
+    When("data.tokens", "data=synthetic, or data=images without data.path",
+         lambda c: c.data.source is Source.synthetic
+         or c.data.source is Source.images and not c.data.path),
     When("data.val_percent", "a source that is split: not data=bins, no data.val_split", _split),
     *(When(f"data.{word}", "data=stream", _source(Source.stream))
       for word in ("dataset", "subset", "revision", "split", "val_split",
@@ -122,6 +131,13 @@ WHEN = (
          lambda c: c.data.source is Source.stream and c.data.shuffle),
     When("data.mix*", "data=mix", _source(Source.mix)),
     When("model.n_head", "model.head_dim=0", lambda c: not c.model.head_dim),
+    *(When(f"model.{word}", "task=text", lambda c: c.task is Task.text)
+      for word in ("context", "softcap", "fused_qkv", "zero_init_proj", "mup")),
+    *(When(f"model.{word}", "a model with attention: not model=mlp or conv",
+           lambda c: c.model.arch not in (Arch.mlp, Arch.conv))
+      for word in ("n_head", "head_dim", "mlp_ratio")),
+    When("parallel.activation_checkpointing", "a model with blocks: not model=mlp or conv",
+         lambda c: c.model.arch not in (Arch.mlp, Arch.conv)),
     When("model.base_width", "model.mup=true", lambda c: c.model.mup),
     *(When(f"model.{word}", "model=gpt", lambda c: c.model.arch is Arch.gpt)
       for word in ("rope_base", "tied", "activation_scale", "gains", "residual", "norm")),

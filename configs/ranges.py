@@ -255,7 +255,7 @@ def _check_mix(config: Config) -> None:
         place = f"data.mix.{shown(name)}"
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
             raise UsageError(f"{place}: name it by letters, digits, _ and -")
-        if entry.source in (Source.stream, Source.mix):
+        if entry.source in (Source.stream, Source.mix, Source.images):
             raise UsageError(
                 f"{place}.source={entry.source.value}: a mixture is of stdlib, text, bins and "
                 "synthetic, whose length is known"

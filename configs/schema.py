@@ -20,6 +20,7 @@ from geon.configs.choices import (
     Residual,
     Shape,
     Source,
+    Task,
     TransportChoice,
     Wire,
 )
@@ -87,7 +88,8 @@ class DataConfig:
     """Validation tokens evaluated; 0 takes all."""
     shuffle: bool = True
     path: str = ""
-    """data=text: a file or folder of text, .jsonl or .parquet, also packed (.gz, .zst)."""
+    """data=text: a file or folder of text, .jsonl or .parquet, also packed (.gz, .zst).
+    data=images: a folder with CIFAR-10's files; empty draws glyphs."""
     bpe_vocab: int = 0
     """data=text: train a BPE of this size on the text; 0 reads bytes."""
     skip_undecodable: bool = False
@@ -103,7 +105,7 @@ class DataConfig:
     """data=bins: ids of files without a header, and without a meta.json beside them: uint16 or
     uint32."""
     tokens: int = 0
-    """data=synthetic: length."""
+    """data=synthetic: length. data=images, without data.path: images that are drawn."""
     tokenizer: str = ""
     """data=text, stream: bytes, gpt2, path of a tokenizer.json or its folder, or a name on the
     hub; empty reads bytes."""
@@ -373,6 +375,8 @@ class Config:
     """The run folder is <output>/<name>."""
     output: str = "runs"
     seed: int = 0
+    task: Task = Task.text
+    """A group, configs/task: text predicts the next token, image the class of an image."""
     mode: Mode = Mode.train
     device: str = "auto"
     """auto: CUDA when present, else cpu."""

@@ -4,6 +4,8 @@ from geon.data.bins import open_bins
 from geon.data.codec import ByteCodec, Codec, load_codec
 from geon.data.corpus import Corpus, Split, stdlib_corpus
 from geon.data.endless import StreamBatches
+from geon.data.glyphs import glyph_corpus
+from geon.data.images import ImageBatches, ImageSplit, cifar_corpus
 from geon.data.loader import Loader
 from geon.data.mix import MixedBatches, mixed_corpus
 from geon.data.order import Batches, sample_index
@@ -16,10 +18,14 @@ __all__ = [
     "ByteCodec",
     "Codec",
     "Corpus",
+    "ImageBatches",
+    "ImageSplit",
     "Loader",
     "MixedBatches",
     "Split",
     "StreamBatches",
+    "cifar_corpus",
+    "glyph_corpus",
     "load_codec",
     "mixed_corpus",
     "open_bins",

@@ -50,6 +50,10 @@ class Split:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def windows(self, context: int) -> int:
+        """How many windows of `context` tokens there are, a last target beside them."""
+        return (len(self) - 1) // context
+
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length), across segment borders."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1

@@ -106,7 +106,7 @@ class Batches:
     @property
     def windows(self) -> int:
         """Windows in one epoch."""
-        return (len(self.split) - 1) // self.context
+        return self.split.windows(self.context)
 
     @property
     def accumulation(self) -> int:

@@ -23,6 +23,8 @@ from geon.configs.schema import (
 from geon.data import (
     Batches,
     Corpus,
+    cifar_corpus,
+    glyph_corpus,
     load_codec,
     open_bins,
     stdlib_corpus,
@@ -35,7 +37,7 @@ from geon.engine.devices import arithmetic
 from geon.engine.parallel import Parallel, mesh_shape
 from geon.engine.sharding import make_sharding
 from geon.errors import UsageError
-from geon.models import MODELS, LanguageModel, ModelShape
+from geon.models import ARCHITECTURES, LanguageModel, ModelShape
 from geon.optim import (
     Block,
     EntryRule,
@@ -83,6 +85,11 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
         corpus = open_bins(config.train, config.val, config.vocab_size, config.dir, config.dtype)
     elif config.source is Source.mix:
         corpus = sources.mixture(config, lambda part: make_corpus(part, seed, codec))
+    elif config.source is Source.images:
+        glyphs = not config.path
+        corpus = (
+            glyph_corpus(config.tokens, config.val_percent) if glyphs else cifar_corpus(config.path)
+        )
     elif config.source is Source.stream:
         corpus = sources.stream(config, open_codec(config.tokenizer or "bytes"))
     else:
@@ -103,7 +110,7 @@ def make_model(config: ModelConfig) -> LanguageModel:
     known = asdict(config).items()
     fields = {k: getattr(v, "value", v) for k, v in known if k not in ("arch", "head_dim")}
     with torch.device("meta"):
-        return MODELS[config.arch.value](ModelShape(**fields))
+        return ARCHITECTURES[config.arch.value](ModelShape(**fields))
 
 
 def make_routing(model: LanguageModel, config: OptimConfig, half: bool = False) -> Routing:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from geon.configs.choices import Task
 from geon.engine.evaluate import Evaluation, evaluate
 from geon.engine.exhaustion import explained
+from geon.engine.images import evaluate_images
 from geon.engine.loggers import say
 from geon.engine.metrics import peak_flops
 from geon.engine.preemption import Preemption
@@ -171,14 +173,13 @@ class Evaluator(Callback):
         trainer.memory.pause()
         rank = run.parallel.env.rank
         with trainer.clock_stopped(), explained(run.config, run.predicted, rank, "evaluation"):
-            self.last = evaluate(
-                run.parallel,
-                run.corpus,
-                run.config.model.context,
-                run.config.data.val_tokens,
-                run.config.eval.batch,
-                None if ask is None else lambda: ask.asked(trainer),
-            )
+            stop = None if ask is None else lambda: ask.asked(trainer)
+            most, batch = run.config.data.val_tokens, run.config.eval.batch
+            if run.config.task is Task.image:
+                self.last = evaluate_images(run.parallel, run.corpus, most, batch, stop)
+            else:
+                context = run.config.model.context
+                self.last = evaluate(run.parallel, run.corpus, context, most, batch, stop)
         if self.last is None and ask is not None:
             ask.leave(trainer)
         assert self.last is not None

@@ -21,7 +21,7 @@ from geon.engine.integrity import COMMIT, FOLDER, Refused
 from geon.engine.parallel import Parallel
 from geon.engine.reading import TensorReader
 from geon.errors import UsageError
-from geon.models import MODELS, LanguageModel, ModelShape
+from geon.models import ARCHITECTURES, LanguageModel, ModelShape
 from geon.optim import HybridOptimizer
 from geon.optim.rounding import DRAWS
 
@@ -183,7 +183,7 @@ def model_of(checkpoint: Path, facts: Mapping[str, Any]) -> LanguageModel:
         if shape.get("n_layer", 0) > tensors or max(numbers, default=0) > 2**40:
             raise ValueError(f"more layers than its {tensors} tensors make, or sizes beyond 2^40")
         with torch.device("meta"):
-            return MODELS[arch](ModelShape(**shape))
+            return ARCHITECTURES[arch](ModelShape(**shape))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UsageError(f"'{checkpoint}' describes no model of this version: {reason}") from None

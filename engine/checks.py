@@ -20,6 +20,7 @@ from geon.engine import build
 from geon.engine.backends import check_deepspeed
 from geon.engine.evaluate import check_val
 from geon.engine.health import check_health
+from geon.engine.images import check_task
 from geon.engine.loggers import check_loggers
 from geon.engine.parallel import check_layout
 from geon.engine.sharding import make_sharding, planned_device
@@ -56,6 +57,7 @@ def check(
         UsageError: the first thing that cannot work, by its keys.
     """
     check_layout(config.parallel, config.model, world)
+    check_task(config, world)
     check_loggers(config.logger)
     check_allowed(config.checkpoint.allow_change, flat(plain(asdict(config))))
     check_output(config)

@@ -30,6 +30,8 @@ class Evaluation:
     nats_per_token: float
     nats_per_byte: float | None
     parts: Mapping[str, "Evaluation"] = field(default_factory=dict)
+    accuracy: float | None = None
+    """task=image: share of the images whose class is the likeliest one."""
 
     def to_dict(self) -> dict[str, float | int | None]:
         """The evaluation as a flat record of the log; a source's figures end in its name."""
@@ -38,6 +40,8 @@ class Evaluation:
             "val_nats_per_token": self.nats_per_token,
             "val_nats_per_byte": self.nats_per_byte,
         }
+        if self.accuracy is not None:
+            found["val_accuracy"] = self.accuracy
         for name, part in self.parts.items():
             found |= {f"{key}.{name}": value for key, value in part.to_dict().items()}
         return found
@@ -62,7 +66,7 @@ def val_windows(corpus: Corpus, context: int, val_tokens: int) -> int:
     Raises:
         UsageError: not one whole window.
     """
-    available = (len(corpus.val) - 1) // context
+    available = corpus.val.windows(context)
     windows = min(available, val_tokens // context) if val_tokens else available
     if windows < 1:
         raise UsageError(

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from geon.configs.schema import Config, Layouts
+from geon.engine.images import predict_images
 from geon.engine.memory import Prediction, predict
 from geon.engine.parallel import Parallel, mesh_shape
 from geon.errors import UsageError
-from geon.models import LanguageModel
+from geon.models import ImageModel, LanguageModel
 from geon.optim.routing import Routing
 from geon.optim.shard import Plan
 
@@ -74,6 +75,8 @@ def choose(
     """
 
     def predicted(micro: int, chunks: int) -> Prediction:
+        if isinstance(model, ImageModel):
+            return predict_images(config, model, routing, plan, world, kind, micro)
         return predict(config, model, routing, plan, world, kind, micro, chunks)
 
     context, asked = config.model.context, config.data.micro_batch

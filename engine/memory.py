@@ -155,7 +155,7 @@ def predict(
     share = config.data.batch_tokens // context // (world // tensor)
     accumulation = max(1, share // micro)
     tokens = micro * context
-    held = _held(config, model, routing, world, size)
+    held = held_bytes(config, model, routing, world, size)
     numel = model.parameter_count() // tensor
     collected = held["gradients"]
     if sharded and accumulation > 1:
@@ -263,7 +263,7 @@ def _first_block(
     return max(inside, after, key=lambda parts: sum(parts.values()))
 
 
-def _held(
+def held_bytes(
     config: Config, model: LanguageModel, routing: Routing, world: int, size: int
 ) -> dict[str, int]:
     """Weights, gradients and optimizer state of the rank that holds most of them.

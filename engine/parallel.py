@@ -272,11 +272,18 @@ class Parallel:
         self.enter("forward")
         if self.backend is not None:
             return self.backend.engine(tokens, targets)
+        return self._forward(tokens, targets)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits of a batch; not under DeepSpeed."""
+        return self._forward(inputs)
+
+    def _forward(self, *inputs: Tensor) -> Tensor:
         assert self._module is not None
         if self.sharded or self.dtype is torch.float32:
-            return self._module(tokens, targets)
+            return self._module(*inputs)
         with torch.autocast(self.device.type, self.dtype):
-            return self._module(tokens, targets)
+            return self._module(*inputs)
 
     def reshard(self) -> None:
         """Let go of what FSDP2 holds gathered after a forward pass without a backward pass.

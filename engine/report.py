@@ -78,6 +78,7 @@ class Report(Callback):
         return {
             "name": run.config.name,
             **_lineage(trainer),
+            "task": run.config.task.value,
             "optim": run.config.optim.name,
             "parameters": run.model.parameter_count(),
             "ranks": run.parallel.env.world,
@@ -146,7 +147,10 @@ def table(facts: dict[str, Any]) -> str:
     ]  # fmt: skip
     if facts["train_bytes_seen"]:
         rows.append(("bytes seen", f"{facts['train_bytes_seen']:,}"))
-    if facts["val_nats_per_byte"] is None:
+    if "val_accuracy" in facts:
+        told = f"{facts['val_accuracy']:.2%} of {facts['val_tokens']:,} images"
+        rows.append(("validation", f"{told}, {facts['val_nats_per_token']:.4f} nats/image"))
+    elif facts["val_nats_per_byte"] is None:
         rows.append(("validation", f"{facts['val_nats_per_token']:.4f} nats/token"))
     else:
         rows.append(("validation", _nats_and_bits(facts["val_nats_per_byte"])))

@@ -6,7 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from geon.configs.schema import Config, DataConfig
-from geon.data import Batches, Corpus, MixedBatches, Split, StreamBatches, mixed_corpus
+from geon.data import (
+    Batches,
+    Corpus,
+    ImageBatches,
+    ImageSplit,
+    MixedBatches,
+    Split,
+    StreamBatches,
+    mixed_corpus,
+)
 from geon.data.codec import Codec
 from geon.data.hf import Where, identify, open_dataset
 from geon.data.stream import Recipe, validation
@@ -123,6 +132,8 @@ def batches(config: Config, corpus: Corpus, common: dict[str, Any], main: bool) 
         weights = tuple((name, float(entry.weight)) for name, entry in config.data.mix.items())
         parts = tuple((name, part.train) for name, part in corpus.parts.items())
         return MixedBatches(**common, parts=parts, weights=weights)
+    if isinstance(corpus.train, ImageSplit):
+        return ImageBatches(**common)
     if corpus.stream is None:
         return Batches(**common)
     assert corpus.codec is not None

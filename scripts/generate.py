@@ -13,7 +13,7 @@ from geon.engine import checkpoint
 from geon.engine.devices import pick_device
 from geon.engine.sample import sample
 from geon.errors import UsageError
-from geon.models import LanguageModel
+from geon.models import IMAGE_MODELS, LanguageModel
 
 
 def load(path: Path, device: str) -> tuple[LanguageModel, Codec]:
@@ -25,6 +25,8 @@ def load(path: Path, device: str) -> tuple[LanguageModel, Codec]:
     found, facts, _ = checkpoint.newest_sound(path, fall_back=False)
     if found is None:
         raise UsageError(f"'{path}' holds no committed checkpoint (give a run folder)")
+    if (arch := facts["model"]["arch"]) in IMAGE_MODELS:
+        raise UsageError(f"'{found}' is a model of images ({arch}): it has no text to generate")
     if facts["codec"] is None:
         raise UsageError(f"'{found}' was trained on token ids whose text is not known (data=bins)")
     model = checkpoint.model_of(found, facts)
