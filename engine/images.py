@@ -102,7 +102,8 @@ def predict_images(
 ) -> Prediction:
     """Predict the bytes on the busiest rank.
 
-    Weights, gradients and states are exact, the rest is rough: activations are the model's own count of numbers an image, in its arithmetic.
+    Weights, gradients and states are exact, the rest is rough: activations are the model's own
+    count of numbers an image, in its arithmetic.
     """
     size = Parallel(config.parallel, Env(world=world), torch.device(kind)).dtype.itemsize
     held = held_bytes(config, model, routing, world, size)

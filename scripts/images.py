@@ -57,6 +57,8 @@ def finish(jobs: Sequence[Job], told: Namespace) -> None:
         print(f"{len(left)} of {len(jobs)} jobs to run")
         sys.exit(0)
     for job in [] if told.read else left:
+        if job.report is not None:  # another process has run it meanwhile
+            continue
         print(f"running {job.name}", flush=True)
         try:
             execute(compose(job.arguments), Env())
