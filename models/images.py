@@ -72,12 +72,9 @@ class MLP(ImageModel):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
-        widths = [shape.d_model >> i for i in range(shape.n_layer - 1)]
-        if shape.n_layer < 2 or widths[-1] < 1:
-            raise UsageError(
-                f"model.n_layer {shape.n_layer} with model.d_model {shape.d_model}: an mlp has at "
-                "least 2 matrices, each with half the rows of the one before"
-            )
+        widths = [max(1, shape.d_model >> i) for i in range(shape.n_layer - 1)]
+        if shape.n_layer < 2:
+            raise UsageError(f"model.n_layer {shape.n_layer}: an mlp has at least 2 matrices")
         sides = [CHANNELS * SIDE * SIDE, *widths]
         pairs = zip(sides[:-1], sides[1:], strict=True)
         self.layers = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in pairs)
@@ -187,12 +184,7 @@ class ConvNet(ImageModel):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
-        widths = [shape.d_model >> i for i in range(shape.n_layer)][::-1]
-        if widths[0] < 1 or shape.n_layer > 5:
-            raise UsageError(
-                f"model.n_layer {shape.n_layer} with model.d_model {shape.d_model}: a conv has at "
-                "most 5 layers, each with half the channels and twice the sides of the one after"
-            )
+        widths = [max(1, shape.d_model >> i) for i in range(shape.n_layer)][::-1]
         pairs = zip([CHANNELS, *widths[:-1]], widths, strict=True)
         self.layers = nn.ModuleList(
             nn.Conv2d(*pair, 3, stride=2, padding=1, bias=False) for pair in pairs
@@ -219,7 +211,7 @@ class ConvNet(ImageModel):
 
     def _places(self) -> list[int]:
         """Pixels that each layer's kernel is used at."""
-        return [(SIDE >> i) ** 2 for i in range(1, self.shape.n_layer + 1)]
+        return [max(1, SIDE >> i) ** 2 for i in range(1, self.shape.n_layer + 1)]
 
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward for one image."""

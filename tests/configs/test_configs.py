@@ -95,7 +95,7 @@ def test_the_folder_is_what_check_and_the_defaults_list_know():
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_with_the_values_of_its_file(group, option):
     config = read(f"{group}={option}")
-    place = {"model/size": [config.model], "experiment": [config]}.get(group)
+    place = {"model/size": [config.model], "experiment": [config], "task": [config]}.get(group)
     file = OmegaConf.to_container(OmegaConf.load(FOLDER / group / f"{option}.yaml"), resolve=False)
     for key, value in file.items():
         found = getattr(place[0] if place else getattr(config, group), key, None)

@@ -183,7 +183,7 @@ def test_a_run_resumes_to_the_bit(choice, tmp_path):
 
 def test_it_learns(tmp_path):
     found = run(tmp_path, "optim=muon", "data.tokens=3000", "schedule.steps=60")
-    assert found["val_accuracy"] > 4 / 26
+    assert found["val_accuracy"] > 2 / 26  # chance is half of it, five standard errors below
     assert found["val_nats_per_token"] < math.log(26)
 
 
