@@ -87,6 +87,10 @@ class MLP(ImageModel):
             x = F.relu(layer(x))
         return x[:, None]
 
+    def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
+        """N(0, 1 / (3 inputs)): the variance of torch's own draw, as in the post."""
+        return normal(info, math.sqrt(1.0 / (3.0 * info.shape[1])), generator)
+
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward for one image."""
         return 6 * self.parameter_count()

@@ -114,6 +114,8 @@ def row(search: Sequence[Job], more: Sequence[Job]) -> dict[str, Any]:
 
 def verdict(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Manifold Muon's accuracy over AdamW's, in standard errors of the difference."""
+    if not {"manifold_muon", "adamw"} <= rows.keys():
+        return {}
     ours, theirs = rows["manifold_muon"], rows["adamw"]
     sem = math.hypot(ours["sem"], theirs["sem"])
     above = ours["accuracy"] - theirs["accuracy"]
@@ -177,7 +179,11 @@ def run(arguments: Sequence[str]) -> int:
         more = repeats(search, config, overrides)
         finish(more, told)
         others = by_arm(more)
-        rows = {arm: row(jobs, others.get(arm, ())) for arm, jobs in by_arm(search).items()}
+        rows = {
+            arm: row(jobs, others.get(arm, ()))
+            for arm, jobs in by_arm(search).items()
+            if best(jobs)
+        }
         facts = studies.meta(studies.command_line(told, "images"), [*search, *more])
         studies.save(told.out, "images", {"meta": facts, "verdict": verdict(rows), **rows})
     print(studies.load(told.out, "images")["verdict"])
