@@ -88,8 +88,7 @@ class DataConfig:
     """Validation tokens evaluated; 0 takes all."""
     shuffle: bool = True
     path: str = ""
-    """data=text: a file or folder of text, .jsonl or .parquet, also packed (.gz, .zst).
-    data=images: a folder with CIFAR-10's files; empty draws glyphs."""
+    """data=text: text, .jsonl or .parquet, also packed, a file or folder; images: CIFAR-10's."""
     bpe_vocab: int = 0
     """data=text: train a BPE of this size on the text; 0 reads bytes."""
     skip_undecodable: bool = False

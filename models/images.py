@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from geon.errors import UsageError
 from geon.models.base import LanguageModel, ModelShape, declare, normal
 from geon.models.layers import Projections, head_axes, lowered, relu_squared, rms_norm
+from geon.optim.modular import Network
 from geon.optim.roles import ParamInfo, Role
 
 CHANNELS, SIDE = 3, 32
@@ -52,6 +53,17 @@ class ImageModel(LanguageModel):
         inputs = math.prod(info.shape[1:])
         gain = 1.0 if info.role is Role.HEAD else 2.0
         return normal(info, math.sqrt(gain / inputs), generator)
+
+    def modular(self) -> Network:
+        """Nothing: these models do not describe themselves.
+
+        Raises:
+            UsageError: always; a budget and a certificate are for language models.
+        """
+        raise UsageError(
+            f"model.arch={self.arch} has no modular norm: leave out optim.budget=modular, "
+            "mode=certify and logger.certify_every with task=image"
+        )
 
     def shard_units(self) -> list[nn.Module]:
         """None: the models are small, and FSDP2's root holds all of them."""

@@ -79,6 +79,7 @@ GALLERY = {
         "[J. Bernstein](https://thinkingmachines.ai/blog/modular-manifolds/)",
     ),
     "hybrid_stiefel": Entry("the same, Scion's norms at the ends", "this repository"),
+    "hybrid_tokens": Entry("as the hybrid, for large vocabularies", "this repository"),
     "hybrid": Entry("heads of q, k on DGram, the rest in a spectral ball", "this repository"),
 }
 
