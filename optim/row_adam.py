@@ -109,7 +109,7 @@ class RowAdam(EntryRule):
         return text + (f", decay {self.decay:g}" if self.decay else "")
 
 
-def _row_zeros(param: Tensor) -> Tensor:
+def _row_zeros(param: Any) -> Tensor:
     """Zeros (rows, 1) in fp32, a DTensor's as a DTensor of the same rows."""
     own = local(param)
     zeros = torch.zeros((*own.shape[:-1], 1), dtype=torch.float32, device=own.device)
