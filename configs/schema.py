@@ -68,6 +68,9 @@ class ModelConfig:
     """Width at which mup changes nothing: where the rate was tuned."""
     head_dim: int = 0
     """When set, n_head = d_model / head_dim, so that a sweep of widths keeps it."""
+    init_from: str = ""
+    """gpt, gpt2: folder of transformers (NanoChat, GPT-2) whose weights a run begins with; empty
+    draws them."""
 
 
 @dataclass

@@ -76,10 +76,15 @@ def config(arch: str, shape: ModelShape) -> dict[str, Any]:
             "layer_norm_epsilon": 1e-5,
             "tie_word_embeddings": True,
         }
+    for word, default in (("norm", "rms"), ("residual", "plain")):
+        if (value := getattr(shape, word)) != default:
+            raise UsageError(
+                f"model.{word}={value}: NanoChat of transformers has model.{word}={default} alone"
+            )
     if shape.tied:
         raise UsageError(
             "model.tied=true: NanoChat of transformers normalises what the embedding gives, and a "
-            "tied gpt does not; train with model.tied=false to export"
+            "tied gpt does not; it goes with model.tied=false alone"
         )
     return {
         "vocab_size": shape.vocab_size,
@@ -96,6 +101,38 @@ def config(arch: str, shape: ModelShape) -> dict[str, Any]:
         "attention_bias": False,
         "tie_word_embeddings": False,
     }
+
+
+_KEYS = {
+    **{"vocab_size": "vocab_size", "n_positions": "context", "n_embd": "d_model"},
+    **{"hidden_size": "d_model", "intermediate_size": "mlp_ratio", "n_inner": "mlp_ratio"},
+    **{"n_layer": "n_layer", "num_hidden_layers": "n_layer", "n_head": "n_head"},
+    **{"num_attention_heads": "n_head", "num_key_value_heads": "n_head"},
+    **{"final_logit_softcapping": "softcap", "rope_parameters": "rope_base"},
+}
+"""Our key behind each field that has one."""
+
+
+def check_config(arch: str, shape: ModelShape, given: Any) -> None:
+    """Refuse a config of transformers that is of another model than ours.
+
+    given: has its fields as attributes.
+
+    Raises:
+        UsageError: names the field, both values, and our key.
+    """
+    for field, ours in config(arch, shape).items():
+        theirs = getattr(given, field, None)
+        if field == "max_position_embeddings":  # rotary positions have no weights
+            continue
+        if field == "n_inner" and theirs is None:
+            theirs = 4 * given.n_embd
+        if field == "rope_parameters":
+            theirs = {key: (theirs or {}).get(key) for key in ours}
+        if theirs != ours:
+            key = _KEYS.get(field)
+            mend = f"set model.{key} to what it is there" if key else f"model={arch} has no other"
+            raise UsageError(f"its {field} is {theirs}, and this run's is {ours}: {mend}")
 
 
 def exported(model: LanguageModel) -> dict[str, Tensor]:

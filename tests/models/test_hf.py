@@ -67,6 +67,8 @@ def test_transformers_gives_our_logits(case, tmp_path):
     [
         ("gpt", {"tied": True}, "model.tied=true"),
         ("gpt2", {"softcap": 15.0}, "model.softcap=15"),
+        ("gpt", {"norm": "none"}, "model.norm=none"),
+        ("gpt", {"residual": "scaled"}, "model.residual=scaled"),
         ("gpt_track3", {}, "model.arch=gpt_track3"),
     ],
 )
