@@ -139,6 +139,11 @@ WHEN = (
     When("parallel.activation_checkpointing", "a model with blocks: not model=mlp or conv",
          lambda c: c.model.arch not in (Arch.mlp, Arch.conv)),
     When("model.base_width", "model.mup=true", lambda c: c.model.mup),
+    When("model.init_from", "model=gpt or gpt2", lambda c: c.model.arch in (Arch.gpt, Arch.gpt2)),
+    When("model.zero_init_proj", "weights that are drawn: not model.init_from",
+         lambda c: not c.model.init_from),
+    When("optim.*.init", "weights that are drawn: not model.init_from",
+         lambda c: not c.model.init_from),
     *(When(f"model.{word}", "model=gpt", lambda c: c.model.arch is Arch.gpt)
       for word in ("rope_base", "tied", "activation_scale", "gains", "residual", "norm")),
     When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),

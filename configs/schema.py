@@ -62,12 +62,13 @@ class ModelConfig:
     norm: Norms = Norms.rms
     """gpt: none leaves out every RMSNorm, so that a certificate holds without conditions."""
     mup: bool = False
-    """Maximal update parametrisation of AdamW: draws, rates of hidden matrices and logits scale
-    with the width."""
+    """Maximal update parametrisation: draws, AdamW's rates and logits scale with the width."""
     base_width: int = 64
     """Width at which mup changes nothing: where the rate was tuned."""
     head_dim: int = 0
     """When set, n_head = d_model / head_dim, so that a sweep of widths keeps it."""
+    init_from: str = ""
+    """gpt, gpt2: folder of transformers whose weights a run begins with; empty draws them."""
 
 
 @dataclass
@@ -101,8 +102,7 @@ class DataConfig:
     dir: str = ""
     """data=bins: a folder with a meta.json, which names its shards, in place of the two globs."""
     dtype: str = ""
-    """data=bins: ids of files without a header, and without a meta.json beside them: uint16 or
-    uint32."""
+    """data=bins: uint16 or uint32, for files without a header or a meta.json beside them."""
     tokens: int = 0
     """data=synthetic: length. data=images, without data.path: images that are drawn."""
     tokenizer: str = ""

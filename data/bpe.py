@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from geon.data.codec import Codec
 from geon.data.fast import FastBPE
@@ -194,3 +194,22 @@ def _seams(text: str) -> Iterator[str]:
         stop = seam.end() if seam else len(text)
         yield text[start:stop]
         start = stop
+
+
+def standalone(codec: Codec) -> str:
+    """Text of a tokenizer.json with the ids of a codec, which other programs read.
+
+    Bytes become a byte-level BPE without merges. A byte-level BPE without a decoder gets one, so
+    that ids come back as text.
+    """
+    if not isinstance(codec, BPECodec):
+        vocab = byte_of_symbol()
+        bytewise = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bytewise.decoder = decoders.ByteLevel()
+        return str(bytewise.to_str())
+    content = json.loads(codec.serialise())
+    content.pop(EOS_KEY, None)
+    if content.get("decoder") is None and _is_byte_level(content):
+        content["decoder"] = json.loads(decoders.ByteLevel().__getstate__())
+    return json.dumps(content, ensure_ascii=False)

@@ -94,6 +94,28 @@ def text_corpus(
     return corpus
 
 
+def whole_text(
+    path: str,
+    codec: Codec,
+    field: str = "text",
+    skip_undecodable: bool = False,
+    begun: bool = False,
+) -> Corpus:
+    """All text at a path as validation, and none to train on.
+
+    begun: the codec's id of the end of text stands before each document, as with data.tokenizer;
+        otherwise a byte 0, as where bytes are read or a BPE was trained on the text.
+
+    Raises:
+        UsageError: as `text_corpus`.
+    """
+    counts: Counter[str] = Counter()
+    texts = _read(path, _find(path, field), 0.0, skip_undecodable, counts).texts
+    if begun and not isinstance(codec, ByteCodec):
+        return _tokenized(path, ([], texts), codec)
+    return corpus_of(b"", joined(texts) if len(texts) > 1 else b"".join(texts), path, codec)
+
+
 def _find(path: str, field: str) -> list[Part]:
     """Parts of all that lies at a path."""
     if not path:
@@ -205,7 +227,8 @@ def _tokenized(path: str, both: tuple[list[bytes], list[bytes]], codec: Codec) -
             pieces += [np.array(eot, kind), codec.encode(text.decode("utf-8")).astype(kind)]
             digest.update(len(text).to_bytes(8, "big") + text)
         digest.update(what.encode())
-        splits.append(Split(f"{what} text of {path}", [np.concatenate(pieces)]))
+        whole = np.concatenate(pieces) if pieces else np.empty(0, kind)
+        splits.append(Split(f"{what} text of {path}", [whole]))
     facts = {
         "name": path,
         "train_bytes": sum(map(len, both[0])),

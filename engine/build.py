@@ -35,6 +35,7 @@ from geon.data.tokenizers import open_codec
 from geon.engine import kept, sources
 from geon.engine.devices import arithmetic
 from geon.engine.parallel import Parallel, mesh_shape
+from geon.engine.pretrained import Pretrained
 from geon.engine.sharding import make_sharding
 from geon.errors import UsageError
 from geon.models import ARCHITECTURES, LanguageModel, ModelShape
@@ -48,6 +49,7 @@ from geon.optim import (
     block_scale,
     on_manifold,
 )
+from geon.optim.builder import told_moved
 from geon.optim.health import Watch
 from geon.optim.router import check_partition
 from geon.optim.routing import Routing, route_by
@@ -105,10 +107,13 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
     return corpus
 
 
+_NOT_OF_SHAPE = ("arch", "head_dim", "init_from")
+
+
 def make_model(config: ModelConfig) -> LanguageModel:
     """Build the architecture on the meta device: shapes and roles, no memory."""
     known = asdict(config).items()
-    fields = {k: getattr(v, "value", v) for k, v in known if k not in ("arch", "head_dim")}
+    fields = {k: getattr(v, "value", v) for k, v in known if k not in _NOT_OF_SHAPE}
     with torch.device("meta"):
         return ARCHITECTURES[config.arch.value](ModelShape(**fields))
 
@@ -182,23 +187,38 @@ def make_batches(config: Config, corpus: Corpus, rank: int, world: int) -> Batch
     return sources.batches(config, corpus, common, main)
 
 
-def initialise(model: LanguageModel, routing: Routing, seed: int) -> None:
+def initialise(
+    model: LanguageModel, routing: Routing, seed: int, start: Pretrained | None = None
+) -> dict[str, float]:
     """Set every weight: a function of (seed, name, shape), whatever the number of ranks.
 
     Each rank draws the whole parameter, brings it to its rule's sphere or manifold, and keeps its
     region; one whole parameter is in memory at a time.
+
+    start: gives weights in place of the drawn ones.
+
+    Returns: how far each of those that has a manifold was moved, over its length.
     """
+    moved = {}
     params = dict(model.named_parameters())
     for info in routing.infos:
         digest = hashlib.sha256(f"{seed}/{info.name}".encode()).digest()
         generator = Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         rule, config = routing.rule(info), routing.configs[routing.assigned[info.name]]
+        if start is not None:
+            given = start.weight(info)
+            whole = on_manifold(info, given, rule, config.per_head)
+            if isinstance(rule, Rule) and rule.manifold.constrains:
+                moved[info.name] = float((whole - given).norm() / given.norm().clamp_min(1e-30))
+            lay(whole, params[info.name])
+            continue
         whole = model.initial(info, generator)
         if isinstance(rule, Rule):
             if config.init is Init.boundary and bool(whole.any()):
                 whole = _at_boundary(info, routing.blocks(info), rule, generator)
             whole = on_manifold(info, whole, rule, config.per_head)
         lay(whole, params[info.name])
+    return moved
 
 
 def _at_boundary(
@@ -285,10 +305,17 @@ def build(
     batches: Batches,
     model: LanguageModel,
     routing: Routing,
+    start: Pretrained | None = None,
 ) -> Run:
-    """Place, initialise and wrap a model from the meta device, and build its optimizer."""
+    """Place, initialise and wrap a model from the meta device, and build its optimizer.
+
+    start: gives the first weights, instead of drawing them.
+    """
     parallel.place(model)
-    initialise(model, routing, config.seed)
+    moved = initialise(model, routing, config.seed, start)
+    if start is not None and parallel.env.main:
+        far = told_moved(moved)
+        print(f"weights of {start.folder}{f'; {far}' if far else ''}", flush=True)
     parallel.wrap(model)
     if config.parallel.layout is Layouts.deepspeed:
         from geon.engine.backends import DeepSpeed  # it makes an optimizer of its own

@@ -9,7 +9,7 @@ from pathlib import Path
 from geon.configs.changes import flat, plain
 from geon.configs.choices import Format, Source
 from geon.configs.schema import Config, Mode
-from geon.engine import build, fitting, planning, resume
+from geon.engine import build, fitting, planning, pretrained, resume
 from geon.engine.agreement import check_alike, on_main
 from geon.engine.callbacks import Compilation, Evaluator, Progress, Spectrum
 from geon.engine.certify import Certify, certify
@@ -24,6 +24,7 @@ from geon.engine.lock import Lock
 from geon.engine.opening import FirstStep, open_folder, segment
 from geon.engine.parallel import Parallel, start
 from geon.engine.preemption import Preemption
+from geon.engine.pretrained import Pretrained
 from geon.engine.report import Report
 from geon.engine.resume import Choice
 from geon.engine.sources import with_validation
@@ -49,6 +50,8 @@ def execute(config: Config, env: Env) -> None:
             missing = None if corpus else absent(config)
             corpus = corpus or missing
             checked = check(config, world, corpus=corpus)
+            if config.model.init_from:
+                Pretrained(config.model.init_from, checked.model)
             if missing is not None:
                 print(
                     f"data: '{config.data.dir}' (data.dir) does not exist yet, so nothing of it "
@@ -96,6 +99,7 @@ class Begun:
     checked: Checked
     parallel: Parallel
     choice: Choice
+    start: Pretrained | None = None
 
 
 def check_alone(config: Config, env: Env) -> Checked:
@@ -123,7 +127,10 @@ def begin(config: Config, checked: Checked, parallel: Parallel, lock: Lock) -> B
     """
     check_alike(parallel, flat(plain(asdict(config))), checked.corpus.facts)
     choice = resume.choose(config, checked.corpus.facts, parallel, lock)
-    return Begun(config, checked, parallel, choice)
+    start = None
+    if choice.path is None and config.model.init_from:
+        start = pretrained.open_alike(config.model.init_from, checked.model, parallel)
+    return Begun(config, checked, parallel, choice, start)
 
 
 def assemble(begun: Begun, callbacks: Sequence[Callback]) -> Trainer:
@@ -140,7 +147,7 @@ def assemble(begun: Begun, callbacks: Sequence[Callback]) -> Trainer:
     batches = replace(checked.batches, micro=memory.micro_batch)
     parallel.loss_chunks = memory.loss_chunks
     with explained(config, memory, parallel.env.rank, "building the model"):
-        run = build.build(config, parallel, checked.corpus, batches, model, routing)
+        run = build.build(config, parallel, checked.corpus, batches, model, routing, begun.start)
     run.predicted = memory
     trainer = Trainer(run, Path(config.output) / config.name, callbacks)
     if any(isinstance(rule, Baseline) for rule in routing.rules.values()):

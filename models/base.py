@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.errors import UsageError
+from geon.models.cache import Cache
 from geon.models.loss import linear_cross_entropy
 from geon.optim.modular import Network
 from geon.optim.roles import ParamInfo, Role
@@ -104,8 +105,11 @@ class LanguageModel(nn.Module, ABC):
         self.loss_chunks = 1
 
     @abstractmethod
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Activations (batch, time, d) that the head reads."""
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Activations (batch, time, d) that the head reads.
+
+        cache: of the tokens before these, which it then holds too; for inference on one process.
+        """
 
     @abstractmethod
     def project(self, x: Tensor) -> Tensor:
@@ -202,6 +206,18 @@ class LanguageModel(nn.Module, ABC):
         weights = sum(info.numel for info in self.infos if info.role in multiplied)
         s = self.shape
         return 6 * weights + 12 * s.n_layer * s.d_model * s.context
+
+    def run_blocks(self, x: Tensor, *args: Tensor, cache: Cache | None = None) -> Tensor:
+        """Apply the blocks in turn. args: what each reads besides."""
+        for i, block in enumerate(self.shard_units()):
+            x = (
+                self.run_block(block, x, *args)
+                if cache is None
+                else block(x, *args, cache.blocks[i])
+            )
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return x
 
     def run_block(self, block: nn.Module, *args: Tensor) -> Tensor:
         """Apply a block, keeping only its input for the backward pass when asked to."""

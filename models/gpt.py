@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.models.base import LanguageModel, ModelShape, declare, normal
+from geon.models.cache import BlockCache, Cache
 from geon.models.described import attention, mlp, network, table
 from geon.models.layers import (
     Projections,
@@ -54,11 +55,13 @@ class Attention(nn.Module):
         self.proj_in = Projections(shape.d_model, shape.fused_qkv, False, shape.gains)
         self.proj_out = linear(shape.d_model, shape.d_model, gains=shape.gains)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: BlockCache | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj_in(x))
         q, k = self.norm(rotate(q, cos, sin)), self.norm(rotate(k, cos, sin))
-        return self.proj_out(attend(q, k, v, self.scale))
+        return self.proj_out((past.attend if past else attend)(q, k, v, self.scale))
 
 
 class Block(nn.Module):
@@ -73,9 +76,11 @@ class Block(nn.Module):
         self.up = linear(shape.d_model, width, gains=shape.gains)
         self.down = linear(width, shape.d_model, gains=shape.gains)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: BlockCache | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = joined(x, self.attention(self.norm(x), cos, sin), self.share)
+        x = joined(x, self.attention(self.norm(x), cos, sin, past), self.share)
         inner = relu_squared(self.up(self.norm(x)), self.activation_scale)
         return joined(x, self.down(inner), self.share)
 
@@ -95,15 +100,15 @@ class GPT(LanguageModel):
         if not shape.tied:
             self.head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, T) -> (B, T, D), normalised."""
         s, norm = self.shape, norm_of(self.shape)
         x = lowered(self.embed(tokens))
         x = x if s.tied else norm(x)
-        cos, sin = rotary_table(tokens.shape[1], s.head_dim, s.rope_base, tokens.device)
-        for block in self.blocks:
-            x = self.run_block(block, x, cos, sin)
-        return norm(x)
+        time = cache.context if cache else tokens.shape[1]
+        angles = rotary_table(time, s.head_dim, s.rope_base, tokens.device)
+        cos, sin = cache.columns(angles, tokens.shape[1]) if cache else angles
+        return norm(self.run_blocks(x, cos, sin, cache=cache))
 
     def project(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab)."""

@@ -15,6 +15,7 @@ from geon.models.base import (
     normal,
     refuse_options_of_gpt,
 )
+from geon.models.cache import BlockCache, Cache
 from geon.models.described import attention, mlp, network, table
 from geon.models.layers import LayerNorm, Projections, attend, block_plan, head_axes, lowered
 from geon.optim.modular import (
@@ -50,10 +51,10 @@ class Block(nn.Module):
         self.up = nn.Linear(d, shape.mlp_ratio * d)
         self.down = nn.Linear(shape.mlp_ratio * d, d)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: BlockCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj_in(self.norm1(x)))
-        x = x + self.proj_out(attend(q, k, v))
+        x = x + self.proj_out((past.attend if past else attend)(q, k, v))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
@@ -69,18 +70,19 @@ class GPT2(LanguageModel):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         self.norm = LayerNorm(shape.d_model)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, T) -> (B, T, D), normalised."""
-        time = tokens.shape[1]
+        time = tokens.shape[1] + (cache.time if cache else 0)
         if time > self.shape.context:
             raise UsageError(
                 f"sequence of {time} tokens, but GPT-2 learned {self.shape.context} positions "
                 "(model.context)"
             )
-        x = lowered(self.embed(tokens) + self.positions(torch.arange(time, device=tokens.device)))
-        for block in self.blocks:
-            x = self.run_block(block, x)
-        return self.norm(x)
+        places = torch.arange(time - tokens.shape[1], time, device=tokens.device)
+        if cache is not None and cache.starts is not None:  # padding takes any position
+            places = (places - cache.starts[:, None]).clamp(min=0)
+        x = lowered(self.embed(tokens) + self.positions(places))
+        return self.norm(self.run_blocks(x, cache=cache))
 
     def project(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab) by the embedding's own weight."""

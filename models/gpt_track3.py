@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from geon.errors import UsageError
 from geon.models.base import LanguageModel, ModelShape, declare, normal, refuse_options_of_gpt
+from geon.models.cache import BlockCache, Cache
 from geon.models.described import attention, mlp, network, table
 from geon.models.layers import (
     Projections,
@@ -88,12 +89,14 @@ class Block(nn.Module):
         self.up = nn.Linear(d, shape.mlp_ratio * d)
         self.down = nn.Linear(shape.mlp_ratio * d, d)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: BlockCache | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj_in(self.norm1(x)))
         # Turned in fp32: under autocast the angles of late positions would lose their digits.
         q, k = (rotate(rms_norm(t, eps=EPS).float(), cos, sin).to(t.dtype) for t in (q, k))
-        x = x + self.proj_out(attend(q, k, v, ATTENTION_SCALE))
+        x = x + self.proj_out((past.attend if past else attend)(q, k, v, ATTENTION_SCALE))
         return x + self.down(relu_squared(self.up(self.norm2(x))))
 
 
@@ -123,13 +126,13 @@ class GPTTrack3(LanguageModel):
         self.norm = GainNorm(shape.d_model)
         self.head = nn.Linear(shape.d_model, shape.vocab_size)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, T) -> (B, T, D), normalised."""
         x = self.norm_embed(lowered(self.embed(tokens)))
-        cos, sin = truncated_table(tokens.shape[1], self.shape.head_dim, tokens.device)
-        for block in self.blocks:
-            x = self.run_block(block, x, cos, sin)
-        return self.norm(x)
+        time = cache.context if cache else tokens.shape[1]
+        angles = truncated_table(time, self.shape.head_dim, tokens.device)
+        cos, sin = cache.columns(angles, tokens.shape[1]) if cache else angles
+        return self.norm(self.run_blocks(x, cos, sin, cache=cache))
 
     def project(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab)."""

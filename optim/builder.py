@@ -162,6 +162,21 @@ def _loaded_from(model: nn.Module) -> str:
     return next((name for name in names if isinstance(name, str) and name), "")
 
 
+def told_moved(moved: Mapping[str, float]) -> str:
+    """A line on weights that were brought to their manifolds; '' where none went far.
+
+    moved: how far each was moved, over its length.
+    """
+    far = {name: by for name, by in moved.items() if by > 1e-3}
+    if not far:
+        return ""
+    name = max(far, key=lambda one: far[one])
+    return (
+        f"brought to their manifolds: {len(far)} of {len(moved)} weights, by {far[name]:.0%} "
+        f"of their length at most ('{name}')"
+    )
+
+
 def _report(
     recipe: str,
     routing: Routing,
@@ -174,13 +189,8 @@ def _report(
     yield replace(routing, infos=trained).table()
     if frozen:
         yield f"frozen, so left alone: {len(frozen)} parameters"
-    far = {name: by for name, by in moved.items() if by > 1e-3}
-    if far:
-        name = max(far, key=lambda one: far[one])
-        yield (
-            f"brought to their manifolds: {len(far)} of {len(moved)} weights, by {far[name]:.0%} "
-            f"of their length at most ('{name}')"
-        )
+    if told := told_moved(moved):
+        yield told
     if unsure:
         yield f"unsure, so stepped as the rest: {', '.join(unsure)}"
     roles = {info.role: info.name for info in reversed(routing.infos)}
