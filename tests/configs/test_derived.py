@@ -1,10 +1,10 @@
-"""Values that follow others: heads, steps, rates of routes."""
+"""Values that follow others: heads, steps, rates of routes; experiments."""
 
 import pytest
 
 from geon.engine.build import make_model
 from geon.errors import UsageError
-from tests.configs.test_configs import build, composed, read, resolve
+from tests.configs.test_configs import build, composed, options, read, resolve
 
 
 def test_heads_and_steps_follow_head_dim_and_tokens():
@@ -46,3 +46,10 @@ def test_optional_routes_come_after_those_of_the_user():
     assert routing.assigned["blocks.0.attention.proj_in.k.weight"] == "qk"
     _, routing = build(read("optim.overrides.qk=null"))
     assert "qk" not in routing.rules
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_builds(experiment):
+    config = read(f"experiment={experiment}")
+    assert config.name != "run"
+    build(config)

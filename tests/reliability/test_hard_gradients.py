@@ -39,7 +39,7 @@ def make(recipe, dtype=torch.float32, **options):
     torch.manual_seed(0)
     net = Net().to(dtype)
     roles = dict.fromkeys(("one.weight", "back.weight", "none.weight", "empty.weight"), "hidden")
-    return net, build(net, recipe, overrides=roles, verbose=False, **options)
+    return net, build(net, recipe, overrides=roles, verbose=False, project=True, **options)
 
 
 def feed(net, scale=1.0, rank=0):

@@ -154,7 +154,7 @@ def test_a_tokenizer_comes_beside_the_shards(tmp_path, capsys):
 def test_ctrl_c_leaves_what_came_and_the_same_command_goes_on(tmp_path):
     big = {"a_train_1.bin": shard(20_000_000), "a_val_0.bin": shard()}
     hub = Hub(big, prepare_fineweb.REPO)
-    hub.slow = 0.01
+    hub.slow = 0.05
     with serving(hub) as address:
         command = [sys.executable, "-m", "geon.scripts.prepare_data", "fineweb10b", "--out"]
         command += [str(tmp_path), "--shards", "1", "--tokenizer", "none"]
