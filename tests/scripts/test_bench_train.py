@@ -1,6 +1,7 @@
 """The bench of training: what it splits a step into, and what it holds the step against."""
 
 import json
+import statistics
 import time
 from types import SimpleNamespace
 
@@ -96,7 +97,7 @@ def test_a_planted_nap_shows_where_it_is(monkeypatch, owner, name, phase, added)
     assert all(step[phase] >= NAP for step in steps)
     assert min(sum(step.values()) - step[phase] for step in steps) < NAP
     one.plain()
-    over = one.overhead(9) * min(
+    over = statistics.median(one.overhead(9) for _ in range(3)) * min(
         bench_loop.seconds(one.plain, one.timeline.device) for _ in range(3)
     )
     assert (over > 0.5 * NAP) == added

@@ -159,7 +159,15 @@ def test_ctrl_c_leaves_what_came_and_the_same_command_goes_on(tmp_path):
         command = [sys.executable, "-m", "geon.scripts.prepare_data", "fineweb10b", "--out"]
         command += [str(tmp_path), "--shards", "1", "--tokenizer", "none"]
         env = {**os.environ, "PYTHONPATH": str(local.ROOT), "HF_ENDPOINT": address}
-        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # a shell's & ignores it
+        )
         while not [p for p in tmp_path.glob("a_train*.part") if p.stat().st_size > 1 << 20]:
             assert process.poll() is None
             time.sleep(0.02)
