@@ -169,8 +169,9 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _ratio(measured: Tensor, bound: Number) -> float:
-    """Largest ratio; 0 of 0 is 0."""
-    return float((measured / bound).nan_to_num(0.0, torch.inf).max())
+    """Largest ratio. 0 of 0 is 0; what is no number holds no bound, so its ratio is infinite."""
+    ratios = torch.where(measured == 0, 0.0, measured / bound)
+    return float(ratios.nan_to_num(torch.inf, torch.inf).max())
 
 
 class _Ratios:

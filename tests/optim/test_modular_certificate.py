@@ -117,6 +117,17 @@ def test_a_search_finds_a_bound_that_is_too_low(monkeypatch):
     assert Search(network, params, sizes, 6, generator).pairs(64).violated
 
 
+def test_outputs_that_are_no_numbers_hold_no_bound():
+    model, params = drawn("gpt", {})
+    network = model.modular()
+    sizes = measure(network, params.__getitem__)
+    name = next(name for name in params if name.endswith("down.weight"))
+    broken = {**params, name: torch.full_like(params[name], math.nan)}
+    generator = torch.Generator().manual_seed(0)
+    found = Search(network, broken, sizes, 6, generator)
+    assert found.pairs(8).violated and found.ascend(2, 0).violated
+
+
 def test_what_is_said_of_conditions():
     model, params = drawn("gpt", {})
     network, t = model.modular(), tokens()
