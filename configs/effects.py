@@ -190,7 +190,7 @@ WHEN = (
     *(When(key, "a steepest rule of hidden matrices",
            lambda c: any(_steepest(rule) for place, rule in rules(c).items()
                          if place == "optim.hidden" or place.startswith("optim.overrides.")))
-      for key in ("optim.record_pairs", "optim.budget")),
+      for key in ("optim.record_pairs", "optim.budget", "optim.lr_at.*")),
     When("logger.geometry_every", "a steepest rule", _any_rule(_steepest)),
     *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged", _any_rule(_steepest))
       for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire")),

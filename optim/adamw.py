@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from geon.errors import UsageError
-from geon.optim.entries import EntryRule, State
+from geon.optim.entries import EntryRule, State, check_averages
 from geon.optim.step import local
 
 _FUSED = ("cuda",)
@@ -47,12 +46,7 @@ class AdamW(EntryRule):
 
     def check(self, numbers: Mapping[str, Any]) -> None:
         """Refuse betas outside [0, 1), and eps or weight_decay below 0 or infinite."""
-        for beta in numbers["betas"]:
-            if not 0.0 <= beta < 1.0:
-                raise UsageError(f"AdamW betas {numbers['betas']}: each must be in [0, 1)")
-        for key in ("eps", "weight_decay"):
-            if not 0.0 <= numbers[key] < float("inf"):
-                raise UsageError(f"AdamW {key} {numbers[key]} must be 0 or more")
+        check_averages("AdamW", numbers)
 
     def new_state(self, param: Tensor) -> State:
         """State at first: averages of 0 like the parameter (a DTensor's too), and a step count.

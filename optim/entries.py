@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from geon.errors import UsageError
+
 State = dict[str, Any]
 """State of one parameter."""
 
@@ -64,3 +66,17 @@ class EntryRule(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Describe the rule in one line, for tables."""
+
+
+def check_averages(rule: str, numbers: Mapping[str, Any]) -> None:
+    """Refuse betas outside [0, 1), and eps or weight_decay below 0 or infinite.
+
+    Raises:
+        UsageError: names the rule and the number.
+    """
+    for beta in numbers["betas"]:
+        if not 0.0 <= beta < 1.0:
+            raise UsageError(f"{rule} betas {numbers['betas']}: each must be in [0, 1)")
+    for key in ("eps", "weight_decay"):
+        if not 0.0 <= numbers.get(key, 0.0) < float("inf"):
+            raise UsageError(f"{rule} {key} {numbers[key]} must be 0 or more")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geon.errors import UsageError
-from geon.optim.entries import EntryRule, State
+from geon.optim.entries import EntryRule, State, check_averages
 from geon.optim.norms import RowNorm, RowWise
 from geon.optim.step import local
 
@@ -64,11 +64,7 @@ class RowAdam(EntryRule):
 
     def check(self, numbers: Mapping[str, Any]) -> None:
         """Refuse betas outside [0, 1), and a weight_decay below 0 or infinite."""
-        for beta in numbers["betas"]:
-            if not 0.0 <= beta < 1.0:
-                raise UsageError(f"adam_rows betas {numbers['betas']}: each must be in [0, 1)")
-        if not 0.0 <= numbers["weight_decay"] < float("inf"):
-            raise UsageError(f"adam_rows weight_decay {numbers['weight_decay']} must be 0 or more")
+        check_averages("adam_rows", numbers)
 
     def new_state(self, param: Tensor) -> State:
         """State at first: a zero average like the parameter, zeros (rows, 1), and a step count.

@@ -163,14 +163,18 @@ def table(found: Mapping[str, Any]) -> str:
     """The arms as markdown, the best first."""
     heads = ["optimizer", "loss, nats/byte", *(f"minus {rival}" for rival in RIVALS)]
     heads += ["tokens to adamw's", "state, B/param", "of step time", "runs", "lr", "settings"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for name, row in found["optimizers"].items():
         apart = [row.get(f"minus_{rival}") for rival in RIVALS]
         reached = row["tokens_to_adamw"]
+        one_seed = row["seeds"] == 1  # has no standard error
         cells = [
             name,
-            f"{row['loss']:.4f} ± {row['sem']:.4f}",
-            *("" if one is None else f"{one[0]:+.4f} ± {one[1]:.4f}" for one in apart),
+            f"{row['loss']:.4f}" + ("" if one_seed else f" ± {row['sem']:.4f}"),
+            *(
+                "" if one is None else f"{one[0]:+.4f}" + ("" if one_seed else f" ± {one[1]:.4f}")
+                for one in apart
+            ),
             f"{reached:.2f}" if reached else "not reached",
             f"{row['state_bytes_per_param']:.2f}",
             f"{row['step_share']:.0%}",
@@ -178,8 +182,8 @@ def table(found: Mapping[str, Any]) -> str:
             f"{row['lr']:g}{'' if row['lr_inside_grid'] else ' (edge)'}",
             ", ".join(f"{k.removeprefix('optim.')} {v:g}" for k, v in row["settings"].items()),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return studies.markdown(heads, lines)
 
 
 def picture(found: Mapping[str, Any]) -> Figure:

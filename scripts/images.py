@@ -127,7 +127,7 @@ def table(rows: Mapping[str, Any]) -> str:
     """The result as markdown, the best first."""
     heads = ["optimizer", "test accuracy", "test loss", "lr", "decay", "singular values"]
     heads += ["of step time"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for name, found in sorted(rows.items(), key=lambda item: -item[1]["accuracy"]):
         values = [v for one in found["singular_values"].values() for v in one]
         cells = [
@@ -139,8 +139,8 @@ def table(rows: Mapping[str, Any]) -> str:
             f"{min(values):.2f} to {max(values):.2f}, median {median(values):.2f}",
             f"{found['step_share']:.0%}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return studies.markdown(heads, lines)
 
 
 def picture(rows: Mapping[str, Any]) -> Figure:

@@ -135,7 +135,7 @@ def table(rows: Mapping[str, Any]) -> str:
     held_against = [arm for arm in YARDSTICKS if arm in rows]
     heads = ["optimizer", "loss, nats/byte", *(f"tokens to {arm}'s" for arm in held_against)]
     heads += ["state, B/param", "of step time", "lr"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for name, found in rows.items():
         reached = [(found[f"tokens_to_{arm}"], rows[arm]["tokens"]) for arm in held_against]
         edge = "" if found["lr_inside_grid"] else " (edge)"
@@ -147,8 +147,8 @@ def table(rows: Mapping[str, Any]) -> str:
             f"{found['step_share']:.0%}",
             f"{found['lr']:g}{edge}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return studies.markdown(heads, lines)
 
 
 def picture(rows: Mapping[str, Any]) -> Figure:

@@ -6,7 +6,7 @@ import platform
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,12 @@ def load(out: Path, name: str) -> dict[str, Any]:
     """Read a result file."""
     content: dict[str, Any] = json.loads((out / "results" / f"{name}.json").read_text())
     return content
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as markdown."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    return "\n".join([first, "|---" * len(heads) + "|", *others])
 
 
 def show(

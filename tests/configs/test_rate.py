@@ -38,3 +38,8 @@ def test_half_of_a_size_is_refused(given):
 def test_numbers_that_are_no_sizes_are_refused():
     with pytest.raises(UsageError, match="above 0"):
         carried_rate(0.04, (0, 1000), (1000, 1000))
+
+
+def test_a_recipe_that_does_not_step_by_norms_has_no_rate_to_carry():
+    with pytest.raises(UsageError, match=r"optim\.lr_at\..*steepest rule"):
+        compose(["optim=adamw", *AT], "train")
