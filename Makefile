@@ -66,64 +66,64 @@ format: .venv/dev ## ruff, fix
 	$(BIN)/ruff format .
 
 bench-solver: .venv/run ## Manifold Muon's solvers: quality and cost; BENCH='--help' tells more
-	$(BIN)/python -m geon.scripts.bench_solver $(BENCH)
+	$(BIN)/python -m geon.benches.solver $(BENCH)
 
 bench-step: .venv/run ## seconds of a Manifold Muon step over those of a Muon step
-	$(BIN)/python -m geon.scripts.bench_step $(BENCH)
+	$(BIN)/python -m geon.benches.step $(BENCH)
 
 bench-drift: .venv/run ## how far 10,000 noisy steps leave the manifold, about two minutes
-	$(BIN)/python -m geon.scripts.bench_step --drift 10000 --angle 0.03 $(BENCH)
+	$(BIN)/python -m geon.benches.step --drift 10000 --angle 0.03 $(BENCH)
 
 bench-sharding: .venv/run ## bytes, collectives, seconds and exactness of sharded steps on 4 ranks
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=4 scripts/bench_sharding.py $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=4 benches/sharding.py $(BENCH)
 
 bench-train: .venv/run ## tokens/s and where a training step goes; BENCH='overrides --steps 20'
-	$(BIN)/python -m geon.scripts.bench_train $(BENCH)
+	$(BIN)/python -m geon.benches.train $(BENCH)
 
 profile: .venv/run ## what costs most in a training step; BENCH='overrides --trace FILE'
-	$(BIN)/python -m geon.scripts.profile_train $(BENCH)
+	$(BIN)/python -m geon.benches.profile_train $(BENCH)
 
 # Where pip reaches nothing but torch is there: make -o .venv/run bench-gpu BIN=folder-of-python
 bench-gpu: .venv/run ## all of it on one GPU in under ten minutes; DION=path, TRACK3=tokens/s
 	failed=; \
-	$(BIN)/python -m geon.scripts.bench_step --device cuda --shapes --repeats 12 \
+	$(BIN)/python -m geon.benches.step --device cuda --shapes --repeats 12 \
 	    $(if $(DION),--dion $(DION)) --json docs/results/gpu_step.json || failed=" step"; \
 	for rule in muon hybrid manifold_muon; do for compile in true false; do \
 	    echo "optim=$$rule parallel.compile=$$compile"; \
 	    label=--label=$$rule,compile=$$compile; test $$label != --label=muon,compile=true || label=; \
-	    $(BIN)/python -m geon.scripts.bench_train $(GPU_RUN) data.micro_batch=$(MICRO) \
+	    $(BIN)/python -m geon.benches.train $(GPU_RUN) data.micro_batch=$(MICRO) \
 	        optim=$$rule parallel.compile=$$compile --warmup 2 --steps 6 --rounds 3 \
 	        $(if $(TRACK3),--track3 $(TRACK3)) $$label \
 	        --json docs/results/gpu_train.json $(BENCH) || failed="$$failed $$rule:$$compile"; \
 	done; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 coord-check: .venv/run ## do activations keep their size over widths? under a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.coord_check $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python -m geon.studies.coord_check $(BENCH)
 
 transfer: .venv/run ## does a learning rate serve other widths? about an hour on 2 cores, resumable
-	$(BIN)/python -m geon.scripts.transfer $(BENCH)
+	$(BIN)/python -m geon.studies.transfer $(BENCH)
 
 leaderboard: .venv/baselines ## 25 optimizers on the same tokens, under an hour on 2 cores, resumable
-	$(BIN)/python -m geon.scripts.leaderboard $(BENCH)
+	$(BIN)/python -m geon.studies.leaderboard $(BENCH)
 
 speedrun: .venv/data ## AdamW, Muon and the hybrid on this machine's Python sources, ten minutes, resumable
-	$(BIN)/python -m geon.scripts.speedrun $(BENCH)
+	$(BIN)/python -m geon.studies.speedrun $(BENCH)
 
 batch-sweep: .venv/run ## the same tokens in batches of several sizes, resumable
-	$(BIN)/python -m geon.scripts.compare batch --along data.batch_tokens $(BENCH)
+	$(BIN)/python -m geon.studies.compare batch --along data.batch_tokens $(BENCH)
 
 finetune: .venv/dev ## a pretrained Llama fine-tuned by each recipe, 41 minutes of one core, resumable
-	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.finetune --json docs/results/finetune.json $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python -m geon.studies.finetune --json docs/results/finetune.json $(BENCH)
 
 reliability: .venv/dev ## every row of docs/reliability.md, the long proofs too
 	$(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist worksteal tests/reliability tests/distributed/test_checkpoints.py \
 		tests/distributed/test_deepspeed.py
 
 chaos: .venv/run ## kill ranks of a real run at random, and hold it against one that nobody killed
-	OMP_NUM_THREADS=1 $(BIN)/python -m geon.scripts.chaos $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python -m geon.benches.chaos $(BENCH)
 
 fuzz: .venv/run ## bad command lines in bulk: each must be a run, or one line; BENCH='--count 200'
-	$(BIN)/python -m geon.scripts.fuzz $(BENCH)
+	$(BIN)/python -m geon.benches.fuzz $(BENCH)
 
 clean: ## remove caches, keep .venv and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typing build dist *.egg-info

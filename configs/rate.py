@@ -6,7 +6,7 @@ from typing import Any
 from geon.errors import UsageError
 
 TOKENS_POWER = -0.45
-"""d log lr* / d log tokens, at a fixed batch. Measured: docs/evidence.md, scripts/rate_rule.py."""
+"""d log lr* / d log tokens, at a fixed batch. Measured: docs/evidence.md, studies/rate_rule.py."""
 BATCH_POWER = 0.63
 """d log lr* / d log (tokens a step), at fixed tokens. Measured as above."""
 

@@ -138,7 +138,7 @@ class OptimConfig:
     solver: SolverConfig = field(default_factory=SolverConfig)
     record_pairs: list[int] = field(default_factory=list)
     """Steps at which the hidden weights and what their directions are taken of are saved, in
-    pairs.pt of the run folder, for scripts/bench_solver.py."""
+    pairs.pt of the run folder, for benches/solver.py."""
     momentum_dtype: MomentumDtype = MomentumDtype.fp32
     """What momenta rest in between steps: 4 or 2 bytes a parameter. Averages are fp32, and rounded
     to bf16 by chance (optim/rounding.py)."""

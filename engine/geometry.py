@@ -41,7 +41,7 @@ class Geometry(Callback):
 class RecordPairs(Callback):
     """Saves (step, weight, averaged gradient) of every hidden matrix at the given steps.
 
-    The file is what scripts/bench_solver.py reads: {name: [(step, W, momentum), ...]}, whole
+    The file is what benches/solver.py reads: {name: [(step, W, momentum), ...]}, whole
     matrices as stored, the momentum as the direction is taken of it.
     """
 

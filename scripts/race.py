@@ -22,7 +22,7 @@ from geon.engine.runfolder import read_metrics, read_report
 from geon.errors import UsageError, nearest
 from geon.launch.leave import guard
 from geon.scripts.flags import number
-from geon.scripts.studies import COLOURS
+from geon.studies.shared import COLOURS
 
 PUBLISHED = Path(__file__).parent / "published"
 """Curves of others, a file a track; each names its source."""

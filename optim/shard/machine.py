@@ -179,7 +179,7 @@ _GPU = Machine(
     operator=4e-5,
 )
 
-# cpu: half a core of a server CPU over gloo, as on scripts/bench_sharding.py's four ranks on two
+# cpu: half a core of a server CPU over gloo, as on benches/sharding.py's four ranks on two
 # cores. Nodes of eight GPUs are joined by one 400 Gb/s InfiniBand port a GPU, or by 100 Gb/s
 # Ethernet a node, from data sheets, halved. `doctor --measure FILE.json` measures yours, and
 # shard.tflops and its neighbours set some.

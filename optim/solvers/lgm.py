@@ -34,7 +34,7 @@ from geon.optim.linalg import (
 from geon.optim.polar import Polar, inverse_sqrt, minimax
 from geon.optim.solvers.base import Solution
 
-# Measured choices: scripts/bench_solver.py --ablate shows what each is worth. Lengths are in units
+# Measured choices: benches/solver.py --ablate shows what each is worth. Lengths are in units
 # of the root mean square singular value of the tangent part of the gradient.
 SHIFT = 0.02
 """Dual singular values are smoothed to (s^2 + SHIFT^2)^(1/2)."""

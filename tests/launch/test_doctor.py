@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 
+from geon.benches import step as bench_step
 from geon.engine.sharding import make_sharding
 from geon.launch.compose import compose
 from geon.launch.local import ROOT, torchrun_command
 from geon.optim import ParamInfo, Role, matrices_of
 from geon.optim.shard import Grid, Sharding, make_plan, read_machine
-from geon.scripts import bench_step, doctor, measure
+from geon.scripts import doctor, measure
 from tests.distributed.jobs import launch
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from geon.benches.count_operators import VIEWS
 from geon.optim import (
     Group,
     HybridOptimizer,
@@ -21,7 +22,6 @@ from geon.optim import (
 )
 from geon.optim.costs import Cost, products
 from geon.optim.manifolds import DGram, FrobeniusSphere, SpectralBall
-from geon.scripts.count_operators import VIEWS
 
 BF16 = Polar(precision=Precision.BF16)
 RULES = {

@@ -6,6 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from geon.benches.layouts import CONFIGS
+from geon.benches.layouts import make_model as make_layered
+from geon.benches.sharding import rules
+from geon.benches.step import shapes
 from geon.configs.schema import ShardConfig
 from geon.engine.build import make_model, make_routing, make_sharding
 from geon.engine.parallel import planned_layouts
@@ -28,10 +32,6 @@ from geon.optim.shard import (
     speed,
 )
 from geon.optim.shard.sharding import CHOICES
-from geon.scripts.bench_layouts import CONFIGS
-from geon.scripts.bench_layouts import make_model as make_layered
-from geon.scripts.bench_sharding import rules
-from geon.scripts.bench_step import shapes
 
 RATES = ((64, 1e9), (256, 16e9), (1024, 16e9))
 MACHINE = Machine(RATES, constant(1e10), constant(2e9), 1e8, 1e-3, memory=4e9, operator=1e-5)

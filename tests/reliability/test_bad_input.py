@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 
+from geon.benches import fuzz
 from geon.configs.effects import RULE_READS, _has_members
 from geon.configs.folder import check_folder
 from geon.configs.overrides import kind_of
@@ -23,7 +24,7 @@ from geon.launch import slurm
 from geon.launch.arguments import read_arguments
 from geon.launch.compose import compose, jobs
 from geon.launch.local import ROOT
-from geon.scripts import check_jobs, fuzz, generate
+from geon.scripts import check_jobs, generate
 
 TINY = fuzz.TINY
 

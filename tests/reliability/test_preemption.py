@@ -127,7 +127,7 @@ def torchrun(output, name, *more, restarts=0):
 
 def at_step(process, step):
     """Read what a run prints until it has taken a step; then a rank other than the first."""
-    from geon.scripts.chaos import ranks_of
+    from geon.benches.chaos import ranks_of
 
     for line in process.stdout:
         if line.startswith(f"step {step}:"):

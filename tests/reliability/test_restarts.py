@@ -91,7 +91,7 @@ def test_a_rank_that_does_not_come_is_named():
 @pytest.mark.row("R33")
 def test_random_kills_change_nothing(tmp_path):
     """Six kills, during saves too; what is left is bitwise what a calm run leaves."""
-    command = [sys.executable, "-m", "geon.scripts.chaos", "--kills=6", "--steps=150", "--json"]
+    command = [sys.executable, "-m", "geon.benches.chaos", "--kills=6", "--steps=150", "--json"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, check=False, cwd=ROOT
     )

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from geon.benches.chaos import ranks_of
 from geon.engine.watch import SILENT, Watch
 from geon.errors import ExchangeError, OutOfMemory, Preempted, RankLost
 from geon.launch.env import Env
 from geon.launch.local import ROOT, torchrun_command
-from geon.scripts.chaos import ranks_of
 from tests.reliability.test_preemption import TINY
 
 

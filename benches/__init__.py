@@ -1,0 +1,1 @@
+"""What the project measures of itself: speed, bytes, endurance. `python -m geon.benches.<name>`."""

@@ -1,0 +1,1 @@
+"""Experiments behind docs/: each runs a sweep and reads it. `python -m geon.studies.<name>`."""
