@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from geon.launch import local
-from geon.studies import first_run_report, generate, plot
+from geon.scripts import generate, plot
+from geon.studies import first_run_report
 from tests.distributed.jobs import STIEFEL, TINY, metrics, report, train, weights
 
 pytestmark = pytest.mark.dist
