@@ -1,7 +1,4 @@
-import os
 import re
-import subprocess
-import sys
 from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import product
@@ -22,6 +19,7 @@ from geon.engine.planning import report_plan
 from geon.errors import UsageError
 from geon.models import IMAGE_MODELS
 from geon.optim import Rule
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs"
@@ -77,11 +75,7 @@ LEAVES = list(leaves())
 
 
 def run(*arguments, cwd):
-    environment = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "RANK")}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return warm.run(0, ROOT / "train.py", arguments, timeout=120, cwd=cwd)
 
 
 def test_the_folder_is_what_check_and_the_defaults_list_know():
@@ -105,6 +99,11 @@ def test_every_option_composes_with_the_values_of_its_file(group, option):
             assert getattr(found, "value", found) == value, key
 
 
+@cache
+def recipe_of(optim):
+    return read(f"optim={optim}").optim
+
+
 BOTH = product(options("model"), options("model/size"))
 
 
@@ -119,12 +118,12 @@ def test_every_model_and_size_builds_and_routes_with_every_optimizer(arch, size)
     assert model.arch == arch
     assert model.parameter_count() == sum(p.numel() for p in model.parameters())
     for optim in options("optim"):
-        config = read(f"optim={optim}")
-        routing = make_routing(model, config.optim)
+        recipe = recipe_of(optim)
+        routing = make_routing(model, recipe)
         assert list(routing.assigned) == names
         assert set(routing.assigned.values()) == set(routing.rules)
         hidden = routing.rules["hidden"]
-        assert isinstance(hidden, Rule) == (config.optim.hidden.rule is RuleKind.steepest)
+        assert isinstance(hidden, Rule) == (recipe.hidden.rule is RuleKind.steepest)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import torch
 from geon.engine import checkpoint
 from geon.engine.devices import SHARING_NCCL, nccl_version
 from geon.launch import local
+from geon.launch.local import SIGNALS
 from geon.models import MODELS, ModelShape
+from tests import warm
 
 TINY = [
     "data=synthetic",
@@ -66,7 +68,11 @@ def train(output: Path, name: str, ranks: int, *arguments: str, ok: bool = True)
     other = {"data=text", "data=bins", "data=stdlib"} & set(arguments)  # data.tokens is not theirs
     tiny = [text for text in TINY if not (other and text.startswith("data.tokens="))]
     command = [*tiny, f"output={output}", f"name={name}", *arguments]
-    done = local.run(ranks, command, threads=1, timeout=240)
+    if "device=cuda" in arguments:
+        done = local.run(ranks, command, threads=1, timeout=240)
+    else:
+        told = ranks if ranks > 1 else 0
+        done = warm.run(told, local.ROOT / "train.py", command, timeout=240)
     if not ok:
         return done
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -74,7 +80,11 @@ def train(output: Path, name: str, ranks: int, *arguments: str, ok: bool = True)
 
 
 def launch(command: list[str], timeout: float) -> subprocess.CompletedProcess:
-    """Run a program of the tests under a launcher, one thread a rank."""
+    """Run a program of the tests, one thread a rank; torchrun's ranks are forked (tests/warm.py)."""
+    if command[1:4] == ["-m", "torch.distributed.run", "--standalone"] and command[5] == SIGNALS:
+        ranks, program, arguments = int(command[4].partition("=")[2]), command[6], command[7:]
+        if not any("cuda" in word for word in arguments):
+            return warm.run(ranks, program, arguments, timeout=timeout)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(local.ROOT)}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, check=False, env=env

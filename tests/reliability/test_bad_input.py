@@ -1,9 +1,6 @@
 """Bad input ends in one line and exit status 2, and nothing is written (R25, R30, R31)."""
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import get_args
@@ -25,18 +22,15 @@ from geon.launch.arguments import read_arguments
 from geon.launch.compose import compose, jobs
 from geon.launch.local import ROOT
 from geon.scripts import check_jobs, generate
+from tests import warm
 
 TINY = fuzz.TINY
 
 
 def train(folder, *arguments, environment=None):
     """What `python train.py` prints and leaves."""
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, *arguments]
-    env = {**os.environ, **(environment or {}), "OMP_NUM_THREADS": "1"}
-    env.pop("RANK", None)
-    return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
-    )
+    words = [*TINY, *arguments]
+    return warm.run(0, ROOT / "train.py", words, timeout=120, env=environment, cwd=folder)
 
 
 def refusal(*overrides):
