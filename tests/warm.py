@@ -1,9 +1,9 @@
 """Programs under Python started by a fork of a process that has torch and geon loaded already.
 
-A fresh process spends seconds on imports, a job of four ranks and their launcher ten and more. `run`
-starts ranks as `torchrun --standalone` does, without them: the same variables, a store that outlives
-the ranks, SIGTERM for the others when one fails, 1 as the status then. What is about torchrun itself
-(restarts, signals, its own words) starts torchrun.
+A fresh process spends seconds on imports; a job of four ranks and their launcher ten and more.
+`run` starts ranks as `torchrun --standalone` does, without them: the same variables, a store that
+outlives the ranks, SIGTERM for the others when one fails, 1 as the status then. What is about
+torchrun itself (restarts, signals, its own words) starts torchrun.
 
 A server, one for each process of tests, forks an agent for each job, which forks the ranks and only
 then starts its store: threads, CUDA and process groups are never there before a fork.
@@ -111,7 +111,8 @@ def serve(modules: Sequence[str]) -> None:
         job = json.loads(line)
         agent = os.fork()
         if agent == 0:
-            return watch(job)
+            watch(job)
+            return
         _, word = os.waitpid(agent, 0)
         code = os.waitstatus_to_exitcode(word)
         print(json.dumps({"status": None if code == 124 else code}), file=answers, flush=True)
@@ -127,13 +128,15 @@ def watch(job: dict) -> None:
             child = os.fork()
             if child == 0:
                 listening.close()
-                return begin(job, rank, port, name)
+                begin(job, rank, port, name)
+                return
             left[child] = rank
         if job["ranks"]:
             from torch.distributed import TCPStore
 
             at = {"is_master": True, "wait_for_workers": False}
-            store = TCPStore("127.0.0.1", port, **at, master_listen_fd=os.dup(listening.fileno()))
+            held = os.dup(listening.fileno())
+            store = TCPStore("127.0.0.1", port, **at, master_listen_fd=held)  # noqa: F841
         code = wait(
             left, time.monotonic() + job["timeout"], alone=not job["ranks"], said=job["err"]
         )
