@@ -80,7 +80,7 @@ def train(output: Path, name: str, ranks: int, *arguments: str, ok: bool = True)
 
 
 def launch(command: list[str], timeout: float) -> subprocess.CompletedProcess:
-    """Run a program of the tests, one thread a rank; ranks of torchrun are forked (tests/warm.py)."""
+    """Run a program of the tests, one thread a rank; torchrun's are forked (tests/warm.py)."""
     if command[1:4] == ["-m", "torch.distributed.run", "--standalone"] and command[5] == SIGNALS:
         ranks, program, arguments = int(command[4].partition("=")[2]), command[6], command[7:]
         if not any("cuda" in word for word in arguments):
