@@ -27,7 +27,7 @@ from geon.engine.checks import check
 from geon.engine.planning import report_plan
 from geon.errors import UsageError, shown
 from geon.launch.compose import compose
-from geon.launch.local import ROOT
+from geon.launch.local import PROGRAM
 from geon.scripts.flags import whole
 
 TINY = [
@@ -287,7 +287,7 @@ def by_process(case: Case, folder: Path) -> str:
     words = [*TINY, f"output={output}", *case.typed]
     try:
         done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *words],
+            [sys.executable, *PROGRAM, *words],
             cwd=folder,
             capture_output=True,
             timeout=120,

@@ -7,7 +7,7 @@ saves it, loads it by from_pretrained, and fine-tunes it on the documentation in
 Each arm is tuned by equally many runs under seed 0, one knob after the other: the rate, the rates
 of what is no hidden matrix, no decay. The best point runs under every seed, which is that of the
 base model and of the order of the text. Finished runs stay in --output, so the same command
-resumes. Needs transformers: pip install -e '.[hf]'.
+resumes. Needs transformers: pip install 'geon[hf]'.
 """
 
 import argparse
