@@ -20,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from geon.benches import results
 from geon.configs.check import groups, keys
 from geon.configs.overrides import check_overrides, flat, kind_of
 from geon.configs.schema import Config
@@ -341,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(repr(one)[:600])
     if told.json:
         found = {"seed": told.seed, "counts": counts, "bad": bad, "processes": wrong}
-        told.json.write_text(json.dumps(found, indent=1))
+        results.write(told.json, found)
     return 1 if bad or wrong else 0
 
 

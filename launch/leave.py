@@ -20,10 +20,10 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def guard(action: Callable[[], int | None]) -> int:
     """Run a command line; returns its exit status.
 
-    Bad input, and a package that is not installed, is one message and 2; too little memory or disk, bad numbers, a lost rank: one and 1.
-    A run that was asked to stop, and has saved, is one line and 75; Ctrl-C elsewhere is 130. Others
-    pass, except under a launcher, where they are printed and give 1, because ranks must leave by
-    `leave`.
+    Bad input is one message and 2, and so is a package that is not installed; too little memory or
+    disk, bad numbers, a lost rank: one and 1. A run that was asked to stop, and has saved, is one
+    line and 75; Ctrl-C elsewhere is 130. Others pass, except under a launcher, where they are
+    printed and give 1, because ranks must leave by `leave`.
     """
     try:
         return action() or 0
