@@ -18,7 +18,8 @@ def rounded(content: Any) -> Any:
         return [rounded(value) for value in content]
     if not isinstance(content, float) or not math.isfinite(content):
         return content
-    return int(content) if content.is_integer() else float(f"{content:.{DIGITS}g}")
+    kept = content if content.is_integer() else float(f"{content:.{DIGITS}g}")
+    return int(kept) if kept.is_integer() else kept
 
 
 def text_of(content: Mapping[str, Any]) -> str:
