@@ -26,7 +26,7 @@ setup: .venv/dev ## create .venv with everything that tests and lint need
 	$(PYTHON) -m venv .venv
 
 .venv/run: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train]'
 	@touch $@
 
 .venv/dev: .venv/run

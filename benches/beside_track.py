@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geon.benches import results
 from geon.configs.schema import Mode
-from geon.engine.callbacks import write_json
 from geon.engine.main import prepare
 from geon.engine.metrics import hardware
 from geon.errors import UsageError
@@ -255,7 +255,7 @@ def run(arguments: Sequence[str] | None) -> int:
     print(page(found))
     if told.json:
         facts = {"script_sha256": digest, "hardware": hardware("cuda"), "torch": torch.__version__}
-        write_json(told.json, facts | found)
+        results.write(told.json, facts | found)
     return 0 if found["holds"] else 1
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from geon.benches import results
 from geon.errors import UsageError
 from geon.launch.leave import guard
 from geon.launch.local import torchrun_command
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
         figures = compare(traces["calm"], traces["killed"], every, ends[0] == ends[1])
         text = json.dumps(figures, indent=2)
         if told.json not in (None, "-"):
-            Path(told.json).write_text(text + "\n")
+            results.write(Path(told.json), figures)
         print(text if told.json else "\n".join(f"{k}: {v}" for k, v in figures.items()))
         bad = figures["survived"] < figures["kills"] or figures["corrupt_loaded"]
         return 0 if figures["final_hash_equal"] and not bad else 1

@@ -10,7 +10,6 @@ and until the device is done.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from geon.benches import results
 from geon.engine import build
 from geon.engine.metrics import hardware
 from geon.engine.parallel import Parallel
@@ -189,7 +189,7 @@ def main() -> int:
         told = {k: v for k, v in vars(arguments).items() if k != "json"}
         meta = {"hardware": hardware(arguments.device), "torch": torch.__version__, **told}
         content = {"rows": rows, "meta": meta}
-        arguments.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        results.write(arguments.json, content)
     return 0
 
 

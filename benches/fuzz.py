@@ -20,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from geon.benches import results
 from geon.configs.check import groups, keys
 from geon.configs.overrides import check_overrides, flat, kind_of
 from geon.configs.schema import Config
@@ -27,7 +28,7 @@ from geon.engine.checks import check
 from geon.engine.planning import report_plan
 from geon.errors import UsageError, shown
 from geon.launch.compose import compose
-from geon.launch.local import ROOT
+from geon.launch.local import PROGRAM
 from geon.scripts.flags import whole
 
 TINY = [
@@ -287,7 +288,7 @@ def by_process(case: Case, folder: Path) -> str:
     words = [*TINY, f"output={output}", *case.typed]
     try:
         done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *words],
+            [sys.executable, *PROGRAM, *words],
             cwd=folder,
             capture_output=True,
             timeout=120,
@@ -341,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(repr(one)[:600])
     if told.json:
         found = {"seed": told.seed, "counts": counts, "bad": bad, "processes": wrong}
-        told.json.write_text(json.dumps(found, indent=1))
+        results.write(told.json, found)
     return 1 if bad or wrong else 0
 
 

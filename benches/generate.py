@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from geon.engine.callbacks import write_json
+from geon.benches import results
 from geon.engine.export import export
 from geon.engine.generation import Draw, continued
 from geon.engine.saved import Saved
@@ -130,7 +130,7 @@ def run(arguments: Sequence[str] | None) -> int:
         settings = {k: v for k, v in vars(told).items() if k != "json"}
         machine = {"cpu": platform.machine(), "threads": torch.get_num_threads()}
         versions = {name: version(name) for name in ("torch", "transformers")}
-        write_json(
+        results.write(
             told.json,
             {"format": 1, "settings": settings, **machine, "versions": versions, "rows": found},
         )

@@ -12,7 +12,6 @@ averaging in fp32.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from geon.benches import results
 from geon.engine.metrics import hardware
 from geon.optim.rounding import Box, first_draw, round_by_chance
 from geon.optim.shard import Region
@@ -101,10 +101,9 @@ def main() -> None:
             "hardware": hardware(args.device),
         },
     }
-    text = json.dumps(found, indent=1)
     if args.json:
-        args.json.write_text(text + "\n")
-    print(text)
+        results.write(args.json, found)
+    print(results.text_of(found), end="")
 
 
 if __name__ == "__main__":

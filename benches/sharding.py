@@ -13,7 +13,6 @@ compiled all-to-all Muon then runs beside ours. Ranks beyond the GPUs share them
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from geon.benches import results
 from geon.benches.layouts import CONFIGS, LR, Bench, counted, draw, make_model
 from geon.benches.solver import check_output
 from geon.engine.devices import rank_device
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "command": " ".join(sys.argv[1:]).replace(arguments.dion or "\0", "PATH"),
             "rows": rows,
         }
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        results.write(arguments.json, content)
 
 
 if __name__ == "__main__":

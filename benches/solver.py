@@ -9,7 +9,6 @@ the closed form on every rung. Without options: random cases, about five minutes
 """
 
 import argparse
-import json
 import math
 import platform
 import shlex
@@ -23,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 
+from geon.benches import results
 from geon.benches.contestants import Contestant, choose, costs, label, own_settings, rung
 from geon.benches.problems import (
     CASES,
@@ -118,12 +118,14 @@ def summary(rows: Sequence[Row]) -> Row:
     return {
         "rho_median": median(rhos) if rhos else None,
         "rho_min": min(rhos, default=None),
+        "rho_max": max(rhos, default=None),
         "tangency": max(row["tangency"] for row in rows),
         "spectral_norm": max(row["spectral_norm"] for row in rows),
         "fallbacks": sum(row["fallbacks"] for row in rows),
     }
 
 
+_COSTS = ("n3", "n3_symmetric_half", "n3_muon", "seconds", "over_muon", "batch")
 _QUALITY = "median rho  min rho  tangency    norm"
 
 
@@ -134,11 +136,39 @@ def _quality(told: Row) -> str:
     return f"{rho[0]:>10} {rho[1]:>8}  {told['tangency']:8.1e}  {told['spectral_norm']:6.4f}"
 
 
+def solver_of(row: Row) -> str:
+    """Label of the contestant that a row is of."""
+    return label(row["solver"], row["form"], row["dtype"])
+
+
+def sums(rows: Iterable[Row]) -> Row:
+    """Tables for a result file: quality by solver and kind of problem, cost by solver and shape.
+
+    A problem and one of the transposed shape are of one kind.
+    """
+    kinds: dict[tuple[str, str, int, int], list[Row]] = {}
+    shapes: dict[tuple[str, int, int], Row] = {}
+    for row in rows:
+        name, sides = solver_of(row), (row["d_out"], row["d_in"])
+        kinds.setdefault((name, row["case"].split("/")[0], *sorted(sides)), []).append(row)
+        shapes.setdefault((name, *sides), row)
+    quality_ = [
+        {"solver": name, "case": case, "short": short, "long": long, "problems": len(own)}
+        | summary(own)
+        for (name, case, short, long), own in kinds.items()
+    ]
+    costs_ = [
+        {"solver": name, "d_out": d_out, "d_in": d_in} | {key: row[key] for key in _COSTS}
+        for (name, d_out, d_in), row in shapes.items()
+    ]
+    return {"quality": results.table(quality_), "costs": results.table(costs_)}
+
+
 def render(rows: Sequence[tuple[str, Row]]) -> str:
     """One table a family of problems."""
     families: dict[str, dict[str, list[Row]]] = {}
     for family, row in rows:
-        name = label(row["solver"], row["form"], row["dtype"])
+        name = solver_of(row)
         families.setdefault(family, {}).setdefault(name, []).append(row)
     lines = []
     for family, solvers in families.items():
@@ -268,7 +298,7 @@ def run(args: argparse.Namespace) -> Row:
         torch.set_num_threads(args.threads)
     chosen = own_settings(device) if args.published_own_settings else choose(args.solvers)
     problems = [p.to(device) for p in problems_of(args)]
-    report = facts(device) | {"rows": []}
+    report = facts(device)
     print(report["hardware"], end="\n\n")
     if args.ablate:
         report["ablation"] = ablate(problems)
@@ -278,8 +308,8 @@ def run(args: argparse.Namespace) -> Row:
     print(render(rows))
     if args.published_own_settings:
         print(f"\n{render_own(rows)}")
-    report["rows"] = [row for _, row in rows]
-    return report
+    own = [row for _, row in rows]
+    return report | ({"rows": own} if args.raw else sums(own))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -288,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--json", type=Path, metavar="FILE", help="also write the rows there")
+    add("--json", type=Path, metavar="FILE", help="also write quality and costs there")
+    add("--raw", action="store_true", help="--json: a row for each problem and solver instead")
     add("--solvers", default="", help="names or labels, such as oneshot,lgm-gram-fp32; all if none")
     add("--cases", default=",".join(CASES), help="random momenta: %(default)s")
     add("--size", type=whole(), default=128, help="short side of random cases (%(default)s)")
@@ -312,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"geon: error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        results.write(args.json, report)
     return 0
 
 

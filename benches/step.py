@@ -11,7 +11,6 @@ packages' Muon, at several widths: milliseconds, those of the host, kernels (ben
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geon.benches import results
 from geon.benches import step_rules as bench_step_rules
 from geon.benches.solver import check_output, facts, meta, pick_device
 from geon.errors import UsageError
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"geon: error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        results.write(args.json, report)
     return 0
 
 

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from geon.benches import results
 from geon.benches.loop import PHASES, seconds, wait, watched
 from geon.benches.solver import check_output, meta
 from geon.configs.schema import Layouts
@@ -127,7 +128,7 @@ def write(path: Path, found: dict[str, Any], label: str | None) -> None:
         found = {**before, "arms": {**arms, label: found}}
     elif arms:
         found = {**found, "arms": arms}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    results.write(path, found)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

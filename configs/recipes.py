@@ -166,7 +166,13 @@ def read(
     Raises:
         UsageError: an unknown recipe or key, or a value of the wrong kind.
     """
-    from omegaconf import OmegaConf
+    try:
+        from omegaconf import OmegaConf
+    except ModuleNotFoundError:
+        raise UsageError(
+            f"recipe '{name}' is a yaml file, which needs omegaconf: pip install 'geon[train]'; or "
+            "make rules and a HybridOptimizer yourself"
+        ) from None
 
     if name not in recipes():
         raise UsageError(

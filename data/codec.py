@@ -79,6 +79,6 @@ def load_codec(serialised: str) -> Codec:
     except ImportError:
         raise UsageError(
             "this text was tokenized by BPE, which needs the 'tokenizers' package: "
-            "pip install -e '.[bpe]'; or read bytes with data.bpe_vocab=0"
+            "pip install 'geon[data]'; or read bytes with data.bpe_vocab=0"
         ) from None
     return BPECodec(serialised)

@@ -90,7 +90,7 @@ def _parquet(file: Path, field: str) -> Any:
         from pyarrow import parquet
     except ImportError:
         raise UsageError(
-            f"'{file}' is parquet, which needs the 'pyarrow' package: pip install -e '.[data]'"
+            f"'{file}' is parquet, which needs the 'pyarrow' package: pip install 'geon[data]'"
         ) from None
     try:
         # A file of ours: pyarrow's own messages for one that cannot be opened have no path.

@@ -107,7 +107,7 @@ def open_dataset(where: Where) -> Any:
         import datasets
     except ImportError:
         raise UsageError(
-            "data=stream needs the 'datasets' package: pip install -e '.[data]'"
+            "data=stream needs the 'datasets' package: pip install 'geon[data]'"
         ) from None
     datasets.disable_progress_bars()
     logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
@@ -146,7 +146,7 @@ def saved(folder: str, field: str) -> Iterator[str]:
     except ImportError:
         raise UsageError(
             f"'{folder}' was saved by the 'datasets' package, and needs it: "
-            "pip install -e '.[data]'"
+            "pip install 'geon[data]'"
         ) from None
     try:
         rows = datasets.load_from_disk(folder)
@@ -239,7 +239,7 @@ def identify(where: Where) -> dict[str, Any]:
         from huggingface_hub import HfApi
     except ImportError:
         raise UsageError(
-            "data=stream needs the 'datasets' package: pip install -e '.[data]'"
+            "data=stream needs the 'datasets' package: pip install 'geon[data]'"
         ) from None
     try:
         commit = HfApi().dataset_info(where.dataset, revision=where.revision or None).sha

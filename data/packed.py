@@ -70,7 +70,7 @@ def _unzstd(path: Path, opened: BinaryIO) -> Iterator[bytes]:
     except ImportError:
         raise UsageError(
             f"'{path}' is packed by zstd, which needs the 'zstandard' package: "
-            "pip install -e '.[data]'"
+            "pip install 'geon[data]'"
         ) from None
     frame = None
     while chunk := opened.read(_ZSTD_CHUNK):

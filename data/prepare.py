@@ -263,7 +263,7 @@ def _learn(job: Job, size: int) -> Codec:
         from geon.data.bpe import END_OF_TEXT, train_on
     except ImportError:
         raise UsageError(
-            "--tokenizer train:SIZE needs the 'tokenizers' package: pip install -e '.[data]'"
+            "--tokenizer train:SIZE needs the 'tokenizers' package: pip install 'geon[data]'"
         ) from None
 
     def texts() -> Iterator[str]:

@@ -190,7 +190,7 @@ def _make_codec(text: bytes, bpe_vocab: int) -> Codec:
         from geon.data.bpe import train_bpe
     except ImportError:
         raise UsageError(
-            "data.bpe_vocab needs the 'tokenizers' package: pip install -e '.[bpe]', "
+            "data.bpe_vocab needs the 'tokenizers' package: pip install 'geon[data]', "
             "or set data.bpe_vocab=0 to train on bytes"
         ) from None
     return train_bpe(text.decode("utf-8"), bpe_vocab)

@@ -100,7 +100,7 @@ def _fetch(name: str, file: str = FILE) -> str:
     except ImportError:
         raise UsageError(
             "no file or folder here; from the hub it needs the 'huggingface_hub' package: "
-            "pip install -e '.[data]'"
+            "pip install 'geon[data]'"
         ) from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

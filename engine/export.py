@@ -62,7 +62,7 @@ def _transformers(what: str) -> Any:
     try:
         import transformers
     except ImportError:
-        raise UsageError("export needs transformers: pip install -e '.[hf]'") from None
+        raise UsageError("export needs transformers: pip install 'geon[hf]'") from None
     found = getattr(transformers, what, None)
     if found is None:
         raise UsageError(
@@ -108,7 +108,7 @@ def _write_tokenizer(codec: Codec | None, folder: Path) -> str:
     try:
         from geon.data.bpe import standalone
     except ImportError:
-        return "no tokenizer: it needs the 'tokenizers' package, pip install -e '.[bpe]'"
+        return "no tokenizer: it needs the 'tokenizers' package, pip install 'geon[data]'"
     (folder / "tokenizer.json").write_text(standalone(codec), "utf-8")
     # The byte 0, which stands between documents of bytes, is no special token: it would take the
     # character that is its symbol out of every text.

@@ -166,7 +166,7 @@ def check_loggers(config: LoggerConfig) -> None:
 
     for wanted, package in ((config.wandb, "wandb"), (config.tensorboard, "tensorboard")):
         if wanted and find_spec(package) is None:
-            raise UsageError(f"logger={package} needs the package: pip install -e '.[{package}]'")
+            raise UsageError(f"logger={package} needs the package: pip install 'geon[{package}]'")
 
 
 def open_loggers(

@@ -61,7 +61,7 @@ class Pretrained:
             import safetensors  # noqa: F401
             from transformers import AutoConfig
         except ImportError:
-            raise UsageError("reading it needs transformers: pip install -e '.[hf]'") from None
+            raise UsageError("reading it needs transformers: pip install 'geon[hf]'") from None
         try:
             kind = json.loads((self._home / "config.json").read_text("utf-8")).get("model_type")
             if kind != _TYPES[arch]:

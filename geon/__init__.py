@@ -8,6 +8,6 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-_root = Path(__file__).resolve().parent.parent
-if (_root / "train.py").is_file():
-    __path__.append(str(_root))
+_here = Path(__file__).resolve().parent
+if not (_here / "optim").is_dir():  # an installed package holds its folders itself
+    __path__.append(str(_here.parent))

@@ -10,6 +10,7 @@ from typing import NoReturn
 from geon.errors import OutOfMemory, Preempted, RankLost, SaveError, UsageError
 from geon.launch import signals
 from geon.launch.env import under_launcher, wants_traceback
+from geon.launch.extras import missing
 
 BAD_INPUT = 2
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -19,10 +20,10 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def guard(action: Callable[[], int | None]) -> int:
     """Run a command line; returns its exit status.
 
-    Bad input is one message and 2; too little memory or disk, bad numbers, a lost rank: one and 1.
-    A run that was asked to stop, and has saved, is one line and 75; Ctrl-C elsewhere is 130. Others
-    pass, except under a launcher, where they are printed and give 1, because ranks must leave by
-    `leave`.
+    Bad input is one message and 2, and so is a package that is not installed; too little memory or
+    disk, bad numbers, a lost rank: one and 1. A run that was asked to stop, and has saved, is one
+    line and 75; Ctrl-C elsewhere is 130. Others pass, except under a launcher, where they are
+    printed and give 1, because ranks must leave by `leave`.
     """
     try:
         return action() or 0
@@ -41,6 +42,9 @@ def guard(action: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if (told := missing(error)) and not wants_traceback():
+            print(f"geon: error: {told}", file=sys.stderr, flush=True)
+            return BAD_INPUT
         if isinstance(error, OSError) and error.errno in _DISK and not wants_traceback():
             print(f"geon: error: {error}", file=sys.stderr, flush=True)
             return 1

@@ -7,23 +7,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+"""The folder of optim/, models/ and the others: of a checkout, or of the installed package."""
+
+_CHECKOUT = (ROOT / "geon").is_dir()
+
+HOME = ROOT if _CHECKOUT else ROOT.parent
+"""The folder that `import geon` is found in."""
+
+PROGRAM = (str(ROOT / "train.py"),) if _CHECKOUT else ("-m", "geon.train")
+"""What python, or torchrun, is to run to train."""
 
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
 """Which signals torchrun passes on to its ranks. Without it SIGUSR1 kills torchrun at once."""
 
 
 def torchrun_command(
-    ranks: int, arguments: Sequence[str], program: Path = ROOT / "train.py"
+    ranks: int, arguments: Sequence[str], program: Path | str | None = None
 ) -> list[str]:
-    """Command line that starts `ranks` processes of a program on this machine."""
+    """Command line that starts `ranks` processes of a program on this machine.
+
+    program: a file; None trains.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc_per_node={ranks}", SIGNALS, str(program), *arguments]
+    words = PROGRAM if program is None else (str(program),)
+    return [*launcher, f"--nproc_per_node={ranks}", SIGNALS, *words, *arguments]
 
 
 def command(ranks: int, arguments: Sequence[str]) -> list[str]:
     """Command line of a training job: plain python for one rank, torchrun for more."""
     if ranks == 1:
-        return [sys.executable, str(ROOT / "train.py"), *arguments]
+        return [sys.executable, *PROGRAM, *arguments]
     return torchrun_command(ranks, arguments)
 
 

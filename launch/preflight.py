@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from geon.errors import UsageError
-from geon.launch.local import ROOT
+from geon.launch.local import HOME
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def check_jobs(jobs: Sequence[Start]) -> None:
         return
     # The parent may itself be a rank: its rendezvous is not the child's.
     own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), own.get("PYTHONPATH")]))
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOME), own.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "geon.scripts.check_jobs", "--jobs"],
         input=json.dumps([asdict(job) for job in jobs]),

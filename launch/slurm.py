@@ -1,6 +1,6 @@
 """One job on a Slurm cluster: `python -m geon.launch.slurm cluster=slurm experiment=...`.
 
-The sbatch file starts torchrun once a node; the submission folder, train.py and the Python
+The sbatch file starts torchrun once a node; the submission folder, the program and the Python
 environment must be on a file system that all nodes see.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.leave import guard
-from geon.launch.local import ROOT, SIGNALS
+from geon.launch.local import PROGRAM, SIGNALS
 from geon.launch.preflight import Start, check_jobs
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def render(config: "Config", overrides: Sequence[str]) -> str:
         warning=_WARNING,
         signals=SIGNALS,
         saving=_saving(),
-        program=shlex.join([str(ROOT / "train.py"), *rest]),
+        program=shlex.join([*PROGRAM, *rest]),
     )
 
 

@@ -111,7 +111,7 @@ class Baseline(EntryRule):
         except ModuleNotFoundError:
             raise UsageError(
                 f"baseline '{self.key}' comes from {origin.package.replace('_', '-')}, which is "
-                "not installed: pip install -c constraints.txt -e '.[baselines]'"
+                "not installed: pip install 'geon[baselines]'"
             ) from None
         settings = {**origin.settings, **self.options}
         try:

@@ -20,16 +20,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-REQUIRED = ("torch", "numpy", "hydra-core", "omegaconf")
+REQUIRED = ("torch", "numpy", "hydra-core", "omegaconf", "tqdm", "matplotlib")
 OPTIONAL = {
     "transformers": ("Hugging Face models", "hf"),
-    "datasets": ("Hugging Face data sets", "hf"),
-    "tokenizers": ("data.bpe_vocab", "bpe"),
+    "datasets": ("data=stream, parquet", "data"),
+    "tokenizers": ("data.bpe_vocab", "data"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
     "wandb": ("logger=wandb", "wandb"),
     "tensorboard": ("logger=tensorboard", "tensorboard"),
     "pytorch-optimizer": ("baseline optimizers", "baselines"),
-    "lm-eval": ("public benchmarks", "eval"),
 }
 """Package -> the feature it serves, and the extra that installs it."""
 _COLLECTIVE_SECONDS = 30.0
@@ -215,14 +214,16 @@ def examine() -> dict[str, Any]:
 def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
     """What is absent, the feature that wants it, and how to get it."""
     rows = [
-        (name, "everything", "pip install -e .")
+        (name, "everything", "pip install torch")
+        if name == "torch"
+        else (name, "training", "pip install 'geon[train]'")
         for name, found in facts["required"].items()
         if found is None
     ]
     for name, found in facts["optional"].items():
         if found is None:
             feature, extra = OPTIONAL[name]
-            rows.append((name, feature, f"pip install -e '.[{extra}]'"))
+            rows.append((name, feature, f"pip install 'geon[{extra}]'"))
     if facts["compiler"] is None:
         how = "install g++ or clang++ with the system's packages"
         rows.append(("C++ compiler", "parallel.compile and DeepSpeed on a CPU", how))

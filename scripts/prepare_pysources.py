@@ -70,7 +70,7 @@ def _make(out: Path, sources: Sources, vocab: int, most: int) -> None:
     try:
         from geon.data.bpe import train_bpe
     except ImportError:
-        raise UsageError("a BPE needs the 'tokenizers' package: pip install -e '.[data]'") from None
+        raise UsageError("a BPE needs the 'tokenizers' package: pip install 'geon[data]'") from None
     texts = split(sources, most)
     learnt, size = [], 0
     for text in texts["train"]:

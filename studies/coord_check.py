@@ -173,6 +173,17 @@ def control_fails(result: Mapping[str, Any]) -> bool:
     return max(abs(result[name]["slope"]) for name in CHECKED) > CONTROL
 
 
+def ends(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of an arm: the worst slopes, and sizes after the last update, by width."""
+    return {
+        name: {
+            **{key: found[key] for key in ("slope", "change_slope")},
+            **{key: {w: row[-1] for w, row in found[key].items()} for key in ("rms", "change")},
+        }
+        for name, found in result.items()
+    }
+
+
 def picture(result: Mapping[str, Any]) -> Figure:
     """RMS against width after the last update, and of the last change; a curve an activation."""
     arms = list(result)
@@ -182,7 +193,7 @@ def picture(result: Mapping[str, Any]) -> Figure:
         for row, key in enumerate(("rms", "change")):
             axis = axes[row][column]
             for colour, name in zip(studies.COLOURS, ACTIVATIONS, strict=False):
-                sizes = {int(width): found[-1] for width, found in result[arm][name][key].items()}
+                sizes = {int(width): last for width, last in result[arm][name][key].items()}
                 axis.plot(list(sizes), list(sizes.values()), "o-", ms=3, color=colour, label=name)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
@@ -227,10 +238,11 @@ def run(arguments: Sequence[str]) -> int:
         required = {arm: passes(found[arm]) for arm in ("hybrid", "scion") if arm in found}
         if "adamw" in found:
             required["control fails"] = control_fails(found["adamw"])
+        kept = {arm: ends(one) for arm, one in found.items()}
         facts = studies.meta(studies.command_line(told, "coord_check"), [])
         facts |= {"widths": told.widths, "seeds": told.seeds, "updates": told.updates}
         facts["seconds"] = round(time.perf_counter() - started, 1)
-        studies.save(told.out, "coord_check", {"meta": facts, "verdict": required, **found})
+        studies.save(told.out, "coord_check", {"meta": facts, "verdict": required, **kept})
     verdict = studies.load(told.out, "coord_check").pop("verdict")
     studies.show(told.out, "coord_check", table, picture)
     print(", ".join(f"{name}: {'yes' if ok else 'NO'}" for name, ok in verdict.items()))

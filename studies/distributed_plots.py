@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from geon.benches import results
 from geon.benches.sharding import words_sent
 from geon.engine.build import make_model, make_routing
 from geon.engine.planning import plan_ahead
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plans is not None:
         command = "python -m geon.studies.distributed_plots --plans"
         content = {"command": command, "rows": plan_rows()}
-        arguments.plans.write_text(json.dumps(content, indent=1) + "\n")
+        results.write(arguments.plans, content)
     if arguments.bench is not None:
         draw(json.loads(arguments.bench.read_text()), arguments.out)
     return 0

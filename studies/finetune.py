@@ -7,7 +7,7 @@ saves it, loads it by from_pretrained, and fine-tunes it on the documentation in
 Each arm is tuned by equally many runs under seed 0, one knob after the other: the rate, the rates
 of what is no hidden matrix, no decay. The best point runs under every seed, which is that of the
 base model and of the order of the text. Finished runs stay in --output, so the same command
-resumes. Needs transformers: pip install -e '.[hf]'.
+resumes. Needs transformers: pip install 'geon[hf]'.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from geon.benches import results
 from geon.benches.solver import check_output
 from geon.configs.recipes import read
-from geon.engine.callbacks import write_json
 from geon.errors import UsageError
 from geon.launch.leave import guard
 from geon.optim import build
@@ -207,6 +207,12 @@ def table(found: Row) -> str:
     return "\n".join(lines)
 
 
+def brief(found: Row) -> Row:
+    """Without the settings of each run, which are `Point.settings` of its arm and point."""
+    rows = [{k: v for k, v in row.items() if k != "settings"} for row in found["rows"]]
+    return {**found, "rows": rows}
+
+
 def meta(study: Study, found: Row, arguments: Sequence[str]) -> Row:
     """Where a result file comes from: the command says nothing of folders."""
     places = ("--json", "--output")
@@ -238,7 +244,7 @@ def run(arguments: Sequence[str]) -> int:
     found = verdict(study, told.arms, range(told.seeds))
     print(table(found))
     if told.json:
-        write_json(told.json, {"meta": meta(study, found, arguments), **found})
+        results.write(told.json, {"meta": meta(study, found, arguments), **brief(found)})
     return 0
 
 

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ def table(board: Mapping[str, Any], recipes: Path = RECIPES) -> str:
                 f"{found['state_bytes_per_param']:.2f}",
                 f"{found['step_share']:.0%}",
                 str(ranked.index(name) + 1),
-                f"{found['loss']:.3f} ± {found['sem']:.3f}",
+                f"{fmean(found['losses']):.3f} ± {found['sem']:.3f}",
             ]
         link = f"[{name}](../configs/optim/{name}.yaml)"
         cells = [link, entry.mechanism, pair(name, recipes), *measured, entry.source]

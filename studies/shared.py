@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from geon.benches import results
 from geon.benches.solver import pick_device
 from geon.configs.schema import Config
-from geon.engine.callbacks import write_json
 from geon.engine.metrics import hardware
 from geon.launch.compose import compose
 from geon.launch.sweep import Job, expand, run_jobs
@@ -114,7 +114,7 @@ def save(out: Path, name: str, content: Mapping[str, Any]) -> Path:
     """Write <out>/results/<name>.json."""
     path = out / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    results.write(path, content)
     print(f"wrote {path}")
     return path
 

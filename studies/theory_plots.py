@@ -1,7 +1,7 @@
 r"""Draw the pictures of docs/theory.md.
 
 python -m geon.studies.theory_plots --pairs muon=runs/muon/pairs.pt hybrid=runs/hybrid/pairs.pt \
-    --solver docs/results/solver.json --out docs
+    --solver docs/results/solver_pairs.json --out docs
 """
 
 import argparse
@@ -14,6 +14,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from geon.benches import results
 
 Pairs = dict[str, list[tuple[int, Tensor, Tensor]]]
 COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
@@ -66,23 +68,23 @@ def draw_spectra(runs: dict[str, Pairs], path: Path) -> None:
     _finish(figure, [left, right], "rank, as a share", path)
 
 
-def draw_solvers(rows: list[dict[str, Any]], path: Path) -> None:
+def draw_solvers(content: dict[str, Any], path: Path) -> None:
     """Descent against cost on the recorded matrices that are 4 to 1."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        sides = (row["d_out"], row["d_in"])
-        if row["case"].startswith("pairs/") and max(sides) == 4 * min(sides):
-            form = "" if row["form"] == "-" else f" {row['form']}"
-            label = f"{row['solver']}{form} {row['dtype']}"
-            points.setdefault(label, []).append((row["n3"], row["rho"]))
+    costs = {
+        (row["solver"], *sorted((row["d_out"], row["d_in"]))): row["n3"]
+        for row in results.rows_of(content["costs"])
+    }
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
-    for label, found in points.items():
-        cost, rho = (torch.tensor(column) for column in zip(*found, strict=True))
-        shortfall = (1 - rho).clamp_min(1e-6)
-        middle = float(shortfall.median())
-        axes.plot([float(cost[0])] * 2, [float(shortfall.min()), float(shortfall.max())], lw=1)
-        axes.plot(float(cost[0]), middle, "o", color=axes.lines[-1].get_color(), label=label)
+    for row in results.rows_of(content["quality"]):
+        if row["case"] != "pairs" or row["long"] != 4 * row["short"]:
+            continue
+        cost = costs[row["solver"], row["short"], row["long"]]
+        low, middle, high = (
+            max(1 - row[key], 1e-6) for key in ("rho_max", "rho_median", "rho_min")
+        )
+        axes.plot([cost] * 2, [low, high], lw=1)
+        axes.plot(cost, middle, "o", color=axes.lines[-1].get_color(), label=row["solver"])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylabel("shortfall from the certified optimum")
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     if runs:
         draw_spectra(runs, args.out / "theory_spectra.png")
     if args.solver:
-        draw_solvers(json.loads(args.solver.read_text())["rows"], args.out / "theory_solvers.png")
+        draw_solvers(json.loads(args.solver.read_text()), args.out / "theory_solvers.png")
     return 0
 
 

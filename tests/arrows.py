@@ -56,7 +56,9 @@ ARROWS = {
     "engine": f"geon optim {PARTS} models data configs.changes configs.choices configs.recipes"
     " configs.schema launch.env launch.signals",
     "launch": "",
-    "train.py": "configs configs.schema engine launch launch.env launch.signals",
+    "geon.train": "configs configs.schema engine launch launch.env launch.signals",
+    "geon.__main__": "launch",
+    "train.py": "train",
 }
 ALONE = {f"configs.{name}" for name in ("changes", "choices", "recipes", "schema")}
 ALONE |= {"launch.env", "launch.signals"}
@@ -69,14 +71,14 @@ OTHERS = {  # other packages at the top of a file; inside of functions LAZY_OTHE
     "data": "torch numpy",
     "configs": "hydra omegaconf yaml",
     "engine": "torch numpy omegaconf tqdm",
-    "train.py": "hydra omegaconf",
 }
 OTHERS_BY_FILE = {"data/bpe.py": "tokenizers", "engine/plots.py": "matplotlib"}
 LAZY_OTHERS = {
     "optim": "pytorch_optimizer",
     "models": "transformers safetensors",
     "data": "datasets huggingface_hub matplotlib pyarrow tiktoken zstandard",
-    "engine": "wandb deepspeed matplotlib lm_eval transformers safetensors",
+    "engine": "wandb deepspeed matplotlib transformers safetensors",
     "launch": "hydra omegaconf",
+    "geon": "hydra",
 }
 HEAVY = "wandb deepspeed matplotlib tokenizers datasets pytorch_optimizer torch.utils.tensorboard"

@@ -104,8 +104,10 @@ def unit(dotted):
 
 
 def unit_of_file(file):
-    if file in ("train.py", "geon/__init__.py", "geon/errors.py"):
-        return {"geon/errors.py": "geon.errors", "geon/__init__.py": "geon"}.get(file, file)
+    if file == "train.py":
+        return file
+    if file.startswith("geon/"):
+        return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     dotted = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     own = unit(f"geon.{dotted}")
     return own.split(".")[0] if own in ALONE else own

@@ -173,7 +173,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     ):
         monkeypatch.setitem(sys.modules, package, None)
         said = refused(write(tmp_path / name, raw))
-        assert f"'{package}' package: pip install -e '.[data]'" in said
+        assert f"'{package}' package: pip install 'geon[data]'" in said
 
 
 def test_folders_follow_links_and_read_nothing_twice(tmp_path):

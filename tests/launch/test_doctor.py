@@ -56,7 +56,7 @@ def test_missing_names_feature_and_remedy():
         "collectives": {"gloo": {"ok": False, "error": "no address"}},
     }
     rows = {row["what"]: (row["feature"], row["how"]) for row in doctor.missing(facts)}
-    assert rows["wandb"] == ("logger=wandb", "pip install -e '.[wandb]'")
+    assert rows["wandb"] == ("logger=wandb", "pip install 'geon[wandb]'")
     assert "parallel.compile" in rows["C++ compiler"][0]
     assert "GLOO_SOCKET_IFNAME" in rows["working gloo"][1]
     assert set(rows) == {"wandb", "C++ compiler", "working gloo"}
