@@ -242,7 +242,7 @@ def check_effects(
         if not (override.is_delete() or override.is_sweep_override()):
             leaves |= dict(flat(override.value(), key))  # of a key that is typed twice, the last
     for place, value in leaves.items():
-        if (reason := unread(config, place, raw)) and not _holds_anyway(given, place, value):
+        if (reason := unread(config, place, raw)) and not holds_anyway(given(), place, value):
             raise UsageError(
                 f"{place}={shown(str(value))} has no effect{_beside(config, place)}: {place} is "
                 f"read with {reason}; leave it out"
@@ -304,9 +304,12 @@ def _beside(config: Config, place: str) -> str:
     return f" with {group}.{word}={getattr(getattr(config, group), word).value}"
 
 
-def _holds_anyway(given: Callable[[], Any], key: str, value: Any) -> bool:
-    """Whether a value is the one of the files or switches off, which an unread key may say."""
-    if value in (0, False, None, ""):
-        return True
-    found = OmegaConf.select(given(), key, throw_on_missing=False)
-    return found is not None and str(getattr(found, "value", found)).lower() == str(value).lower()
+def holds_anyway(given: Any, key: str, value: Any) -> bool:
+    """Whether a value is the one that the chosen files have, which an unread key may say.
+
+    given: what the files say, composed.
+    """
+    found = OmegaConf.select(given, key, throw_on_missing=False)
+    if found is None or value is None:
+        return found is value
+    return str(getattr(found, "value", found)).lower() == str(value).lower()
