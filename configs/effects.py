@@ -13,6 +13,7 @@ from geon.configs.choices import (
     Layouts,
     Mode,
     Policy,
+    Precision,
     RuleKind,
     Shape,
     Source,
@@ -101,6 +102,22 @@ def _polar(rule: RuleConfig) -> bool:
     )
 
 
+def _iterates(config: Config) -> bool:
+    """Whether a rule takes polar factors by the table: on stiefel, that is up to the solver."""
+    solver = config.optim.solver
+    by_gram = solver.form == "gram" or solver.form == "auto" and not _half(config)
+    exactly = solver.method == "exact" or solver.method == "lgm" and by_gram
+    return _any_rule(lambda rule: _polar(rule) and not (_ladder(rule) and exactly))(config)
+
+
+def _half(config: Config) -> bool:
+    """Whether products may be in bf16: device=auto may be a GPU."""
+    asked = config.optim.polar.dtype == "bf16" or config.parallel.precision is Precision.native
+    machine = config.shard.machine
+    planned = config.device if machine == "auto" else machine
+    return asked or config.optim.polar.dtype == "auto" and planned != "cpu"
+
+
 def _steepest(rule: RuleConfig) -> bool:
     return rule.rule is RuleKind.steepest
 
@@ -149,6 +166,9 @@ WHEN = (
     When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),
+    When("parallel.long_side", "hidden matrices: model=conv has kernels",
+         lambda c: c.model.arch is not Arch.conv),
+    When("parallel.loss_chunks", "task=text", lambda c: c.task is Task.text),
     When("parallel.zero", "parallel=deepspeed_z0 to z3", _layout(Layouts.deepspeed)),
     When("parallel.share_gpu", "several ranks on GPUs: not parallel=single or device=cpu",
          lambda c: c.parallel.layout is not Layouts.single and c.device != "cpu"),
@@ -177,6 +197,9 @@ WHEN = (
          lambda c: c.shard.transport is TransportChoice.auto and not c.shard.reproducible),
     When("plan.*", "mode=plan", lambda c: c.mode is Mode.plan),
     When("optim.polar.*", "a rule with the spectral norm", _any_rule(_polar)),
+    *(When(f"optim.polar.{word}", "polar factors by a table: a rule off the manifold stiefel, or "
+           "there optim.solver.method=oneshot or optim.solver.form=rect (auto: in bf16)", _iterates)
+      for word in ("coefficients", "steps", "accuracy", "lower")),
     When("optim.polar.steps", "optim.polar.accuracy=0", lambda c: not c.optim.polar.accuracy),
     When("optim.polar.lower", "optim.polar.accuracy above 0",
          lambda c: c.optim.polar.accuracy > 0),
@@ -185,6 +208,8 @@ WHEN = (
          lambda c: c.optim.solver.method == "lgm"),
     When("optim.solver.form", "optim.solver.method=lgm",
          lambda c: c.optim.solver.method == "lgm"),
+    When("optim.solver.products", "optim.solver.method=oneshot, lgm or published",
+         lambda c: c.optim.solver.method != "exact"),
     When("optim.momentum_dtype", "a steepest rule", _any_rule(_steepest)),
     When("optim.compile", "a steepest rule", _any_rule(_steepest)),
     *(When(key, "a steepest rule of hidden matrices",
@@ -193,7 +218,11 @@ WHEN = (
       for key in ("optim.record_pairs", "optim.budget", "optim.lr_at.*")),
     When("logger.geometry_every", "a steepest rule", _any_rule(_steepest)),
     *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged", _any_rule(_steepest))
-      for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire")),
+      for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire", "tflops",
+                   "half_tflops", "gbytes", "latency_us")),
+    When("shard.max_buffer_mb", "steps of many parameters at once: not parallel=deepspeed_z1 to z3",
+         lambda c: c.parallel.layout is not Layouts.deepspeed or c.parallel.zero == 0),
+    When("shard.half_tflops", "products in bf16: on a GPU, or optim.polar.dtype=bf16", _half),
     When("optim.max_norm", "a rule adamw or baseline", _any_rule(lambda rule: not _steepest(rule))),
 )  # fmt: skip
 """The first line that fits a key and does not hold is the reason of the refusal. A key without a
@@ -273,8 +302,9 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
             if word and word not in RULE_READS[rule.rule].split():
                 kinds = [kind.value for kind, words in RULE_READS.items() if word in words.split()]
                 return f"{route}.rule={' or '.join(kinds)}, not {rule.rule.value}"
-            if word == "per_head" and route in _WITHOUT_HEADS:
-                return "parameters that have attention heads: optim.hidden and optim.overrides"
+            headless = route in _WITHOUT_HEADS or config.model.arch in (Arch.mlp, Arch.conv)
+            if word == "per_head" and headless:
+                return "parameters that have attention heads: of optim.hidden or optim.overrides"
             if rule.rule is not RuleKind.steepest:
                 continue
             if word == "spectral_scale" and rule.norm != "spectral":

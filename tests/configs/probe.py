@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from geon.configs.check import ROOT, resolve, settle
-from geon.configs.choices import Layouts
+from geon.configs.choices import Layouts, Task, TransportChoice
 from geon.configs.effects import unread
 from geon.configs.ranges import RANGES, RULE_RANGES, _holds, rules
 from geon.configs.rate import carry_rate
@@ -25,6 +25,7 @@ from geon.engine.checks import check, check_launched
 from geon.engine.evaluate import val_windows
 from geon.engine.fitting import choose, planned_bytes
 from geon.engine.images import check_task
+from geon.engine.parallel import planned_layouts
 from geon.engine.planning import plan_ahead, plan_facts
 from geon.engine.schedule import fraction, own_fractions, progress
 from geon.engine.sharding import planned_device
@@ -76,6 +77,7 @@ WORDS: dict[str, Any] = {
     "checkpoint.allow_change": (["optim.lr"],),
     "logger.wandb_mode": ("online", "disabled"),
     "shard.machine": MACHINES,
+    "shard.transport": (TransportChoice.gram,),  # owner is what auto may come to
     "sweep.overrides": (["seed=1"],),
     "sweep.grid": ({"seed": [1]},),
     "sweep.arms": ({"a": {"overrides": ["seed=1"]}},),
@@ -318,15 +320,21 @@ def planned(config: Config) -> Any:
         return repr(plan_facts(model, routing, exchanged, memory))
 
     def exchanged() -> Any:
-        large = replace(config.model, d_model=1024, n_layer=2)
+        layers = 6 if config.task is Task.image else 2
+        large = replace(config.model, d_model=1024, n_layer=layers)
         routing = build.make_routing(model := build.make_model(large), config.optim)
         found = plan_ahead(config, model, routing, world_of(config))
-        return repr((found.to_dict(), found.digest))
+        layouts = planned_layouts(model, config.parallel, world_of(config))
+        return repr((found.to_dict(), found.digest, layouts))
 
-    c = config
-    parts = c.model, c.optim, c.parallel, c.shard, c.device
+    def slow() -> Any:
+        return exchanged()
+
+    parts = (c := config).model, c.optim, c.parallel, c.shard, c.device
     told = kept(plan, *parts, c.data, c.plan, c.eval, c.task)
-    return told, kept(exchanged, *parts, c.plan.world_size)
+    large = kept(exchanged, *parts, c.plan.world_size)
+    config = replace(config, shard=replace(config.shard, tflops=config.shard.tflops or 1e-3))
+    return told, large, kept(slow, *parts, c.plan.world_size)
 
 
 def read_first(config: Config) -> Any:
