@@ -239,8 +239,12 @@ RULE_READS = {
 }
 """Words of a route that each kind of rule reads, or refuses itself where it is made."""
 
-LAUNCHERS = {"train": (), "sweep": ("sweep", "cluster"), "slurm": ("cluster",)}
-"""Groups that only a launcher reads, by what is started."""
+LAUNCHERS = {
+    "train": "",
+    "sweep": "sweep sweep.* cluster cluster.nodes cluster.ranks_per_node",
+    "slurm": "cluster cluster.*",
+}
+"""Keys of sweep and cluster that are read, by what is started."""
 
 
 def check_effects(
@@ -261,21 +265,31 @@ def check_effects(
     """
     leaves: dict[str, Any] = {}
     for override in overrides:
-        key = override.key_or_group
-        top = key.split(".")[0]
-        if top in ("sweep", "cluster") and top not in LAUNCHERS[program]:
-            raise UsageError(
-                f"{shown(override.input_line or '')} has no effect here: it is read by python -m "
-                f"geon.launch.{'sweep' if top == 'sweep' else 'slurm, or geon.launch.sweep'}"
-            )
+        key, own = override.key_or_group, {}
         if not (override.is_delete() or override.is_sweep_override()):
-            leaves |= dict(flat(override.value(), key))  # of a key that is typed twice, the last
+            own = dict(flat(override.value(), key))
+        for place in own or [key]:
+            check_launcher(place, override.input_line or "", program)
+        leaves |= own  # of a key that is typed twice, the last
+    if program == "sweep":
+        return  # its jobs are checked one by one
     for place, value in leaves.items():
         if (reason := unread(config, place, raw)) and not holds_anyway(given(), place, value):
             raise UsageError(
                 f"{place}={shown(str(value))} has no effect{_beside(config, place)}: {place} is "
                 f"read with {reason}; leave it out"
             )
+
+
+def check_launcher(key: str, text: str, program: str) -> None:
+    """Refuse a key of sweep or cluster that is read by another program than this one."""
+
+    def reads(who: str) -> bool:
+        return any(fnmatchcase(key, known) for known in LAUNCHERS[who].split())
+
+    if key.split(".")[0] in ("sweep", "cluster") and not reads(program):
+        who = " or ".join(f"geon.launch.{name}" for name in LAUNCHERS if reads(name))
+        raise UsageError(f"{shown(text)} has no effect here: it is read by python -m {who}")
 
 
 def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:

@@ -267,7 +267,7 @@ def sweep(overrides: Sequence[str], dry_run: bool = False) -> int:
     Raises:
         UsageError: before any job is started.
     """
-    config = compose(overrides)
+    config = compose(overrides, "sweep")
     if config.cluster.nodes != 1:
         raise UsageError(f"cluster.nodes must be 1 for a sweep, got {config.cluster.nodes}")
     jobs = expand(config, overrides)

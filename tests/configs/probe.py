@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from geon.configs.check import ROOT, resolve, settle
 from geon.configs.choices import Layouts, Task, TransportChoice
-from geon.configs.effects import unread
+from geon.configs.effects import check_launcher, unread
 from geon.configs.ranges import RANGES, RULE_RANGES, _holds, rules
 from geon.configs.rate import carry_rate
 from geon.configs.recipes import OverrideConfig, fill_entries
@@ -414,6 +414,7 @@ def outcomes(chosen: dict[str, str], keep: Any = lambda key: True, **more: Any) 
         words, told = ["no value"], ""
         for value in others(key, kind, at(config, key)):
             try:
+                check_launcher(key, f"{key}={value}", "train")
                 one = changed(config, raw, key, value)
                 if reason := unread(one, key, raw):
                     raise UsageError(reason)
