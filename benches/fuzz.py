@@ -27,6 +27,7 @@ from geon.engine.checks import check
 from geon.engine.planning import report_plan
 from geon.errors import UsageError, shown
 from geon.launch.compose import compose
+from geon.launch.leave import guard
 from geon.launch.local import ROOT
 from geon.scripts.flags import whole
 
@@ -346,4 +347,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

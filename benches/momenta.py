@@ -13,6 +13,7 @@ averaging in fp32.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from geon.engine.metrics import hardware
+from geon.launch.leave import guard
 from geon.optim.rounding import Box, first_draw, round_by_chance
 from geon.optim.shard import Region
 
@@ -108,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

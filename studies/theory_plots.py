@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from geon.launch.leave import guard
+
 Pairs = dict[str, list[tuple[int, Tensor, Tensor]]]
 COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 
@@ -120,4 +122,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

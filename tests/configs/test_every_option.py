@@ -14,11 +14,17 @@ from geon.launch.env import Env
 from tests.configs.probe import accept, composed, leaves, outcomes, read
 from tests.configs.reading import recorded
 
-IN_A_RUN = (
-    "name output seed mode device optim.name optim.compile optim.record_pairs model.init_from "
-    "parallel.precision parallel.compile parallel.activation_checkpointing shard.reproducible "
-    "schedule.budget_seconds"
-).split()
+IN_A_RUN = {
+    "name",
+    "output",
+    "seed",
+    "mode",
+    "device",
+    "model.init_from",
+    "schedule.budget_seconds",
+}
+IN_A_RUN |= {"optim.name", "optim.compile", "optim.record_pairs", "shard.reproducible"}
+IN_A_RUN |= {f"parallel.{x}" for x in ("precision", "compile", "activation_checkpointing")}
 """Keys whose effect shows neither in a plan nor in three steps: that a run reads them is below."""
 READ_BY_RUNS = ("checkpoint", "health", "logger", "eval", "plan")
 """Groups of such keys."""
