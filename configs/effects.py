@@ -122,6 +122,13 @@ def _steepest(rule: RuleConfig) -> bool:
     return rule.rule is RuleKind.steepest
 
 
+def _exchanged(rule: RuleConfig) -> bool:
+    """Whether a step needs more of a matrix than an entry: signs do not."""
+    signs = rule.norm == "sign" and rule.manifold == "euclidean"
+    rows = rule.second_moment or rule.even_rows or rule.finishes
+    return _steepest(rule) and not (signs and not rows)
+
+
 def _ladder(rule: RuleConfig) -> bool:
     return _steepest(rule) and rule.manifold in ("stiefel", "orthogonal")
 
@@ -200,6 +207,9 @@ WHEN = (
     *(When(f"optim.polar.{word}", "polar factors by a table: a rule off the manifold stiefel, or "
            "there optim.solver.method=oneshot or optim.solver.form=rect (auto: in bf16)", _iterates)
       for word in ("coefficients", "steps", "accuracy", "lower")),
+    When("optim.polar.dtype", "polar factors: optim.solver.method=oneshot, published or lgm, and "
+         "not optim.solver.form=gram",
+         lambda c: _iterates(c) or c.optim.solver.method == "lgm" and c.optim.solver.form == "auto"),
     When("optim.polar.steps", "optim.polar.accuracy=0", lambda c: not c.optim.polar.accuracy),
     When("optim.polar.lower", "optim.polar.accuracy above 0",
          lambda c: c.optim.polar.accuracy > 0),
@@ -217,7 +227,7 @@ WHEN = (
                          if place == "optim.hidden" or place.startswith("optim.overrides.")))
       for key in ("optim.record_pairs", "optim.budget", "optim.lr_at.*")),
     When("logger.geometry_every", "a steepest rule", _any_rule(_steepest)),
-    *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged", _any_rule(_steepest))
+    *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged: not of signs", _any_rule(_exchanged))
       for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire", "tflops",
                    "half_tflops", "gbytes", "latency_us")),
     When("shard.max_buffer_mb", "steps of many parameters at once: not parallel=deepspeed_z1 to z3",
@@ -321,6 +331,8 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
                 return "parameters that have attention heads: of optim.hidden or optim.overrides"
             if rule.rule is not RuleKind.steepest:
                 continue
+            if word == "per_head" and not _exchanged(rule):
+                return f"{route}.norm other than sign, whose steps are of entries"
             if word == "spectral_scale" and rule.norm != "spectral":
                 return f"{route}.norm=spectral"
             if word == "nesterov" and not rule.momentum:
