@@ -209,7 +209,7 @@ WHEN = (
       for word in ("coefficients", "steps", "accuracy", "lower")),
     When("optim.polar.dtype", "polar factors: optim.solver.method=oneshot, published or lgm, and "
          "not optim.solver.form=gram",
-         lambda c: _iterates(c) or c.optim.solver.method == "lgm" and c.optim.solver.form == "auto"),
+         lambda c: _iterates(c) or (c.optim.solver.method, c.optim.solver.form) == ("lgm", "auto")),
     When("optim.polar.steps", "optim.polar.accuracy=0", lambda c: not c.optim.polar.accuracy),
     When("optim.polar.lower", "optim.polar.accuracy above 0",
          lambda c: c.optim.polar.accuracy > 0),
@@ -227,7 +227,8 @@ WHEN = (
                          if place == "optim.hidden" or place.startswith("optim.overrides.")))
       for key in ("optim.record_pairs", "optim.budget", "optim.lr_at.*")),
     When("logger.geometry_every", "a steepest rule", _any_rule(_steepest)),
-    *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged: not of signs", _any_rule(_exchanged))
+    *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged: not of signs",
+           _any_rule(_exchanged))
       for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire", "tflops",
                    "half_tflops", "gbytes", "latency_us")),
     When("shard.max_buffer_mb", "steps of many parameters at once: not parallel=deepspeed_z1 to z3",
