@@ -25,6 +25,7 @@ from geon.engine.trainer import Trainer
 from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.env import Env
+from geon.launch.leave import guard
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -104,4 +105,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

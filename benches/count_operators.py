@@ -29,6 +29,7 @@ from geon.engine.metrics import hardware
 from geon.engine.parallel import Parallel
 from geon.launch.compose import compose
 from geon.launch.env import Env
+from geon.launch.leave import guard
 from geon.optim import HybridOptimizer
 from geon.scripts.flags import whole
 
@@ -194,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

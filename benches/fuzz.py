@@ -28,6 +28,7 @@ from geon.engine.checks import check
 from geon.engine.planning import report_plan
 from geon.errors import UsageError, shown
 from geon.launch.compose import compose
+from geon.launch.leave import guard
 from geon.launch.local import PROGRAM
 from geon.scripts.flags import whole
 
@@ -347,4 +348,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

@@ -12,6 +12,7 @@ averaging in fp32.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from geon.benches import results
 from geon.engine.metrics import hardware
+from geon.launch.leave import guard
 from geon.optim.rounding import Box, first_draw, round_by_chance
 from geon.optim.shard import Region
 
@@ -107,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

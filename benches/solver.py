@@ -35,6 +35,7 @@ from geon.benches.problems import (
 )
 from geon.engine.metrics import hardware
 from geon.errors import UsageError
+from geon.launch.leave import guard
 from geon.optim.polar import minimax
 from geon.optim.solvers import lgm
 from geon.scripts.flags import whole
@@ -348,4 +349,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

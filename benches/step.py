@@ -25,6 +25,7 @@ from geon.benches import results
 from geon.benches import step_rules as bench_step_rules
 from geon.benches.solver import check_output, facts, meta, pick_device
 from geon.errors import UsageError
+from geon.launch.leave import guard
 from geon.optim import (
     Group,
     HybridOptimizer,
@@ -196,4 +197,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

@@ -35,6 +35,15 @@ def resolve(composed: DictConfig) -> Config:
     with_overrides(config.optim)
     config.data.mix = fill_entries(MixConfig, config.data.mix, "data.mix")
     config.sweep.arms = fill_entries(ArmConfig, config.sweep.arms, "sweep.arms")
+    return settle(config)
+
+
+def settle(config: Config) -> Config:
+    """Check the values of a filled config, and work out what follows from others. In place.
+
+    Raises:
+        UsageError: names the key.
+    """
     config.output = _expanded(config.output)
     check_values(config)
     _check_ids(config)

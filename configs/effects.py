@@ -13,6 +13,7 @@ from geon.configs.choices import (
     Layouts,
     Mode,
     Policy,
+    Precision,
     RuleKind,
     Shape,
     Source,
@@ -101,8 +102,31 @@ def _polar(rule: RuleConfig) -> bool:
     )
 
 
+def _iterates(config: Config) -> bool:
+    """Whether a rule takes polar factors by the table: on stiefel, that is up to the solver."""
+    solver = config.optim.solver
+    by_gram = solver.form == "gram" or solver.form == "auto" and not _half(config)
+    exactly = solver.method == "exact" or solver.method == "lgm" and by_gram
+    return _any_rule(lambda rule: _polar(rule) and not (_ladder(rule) and exactly))(config)
+
+
+def _half(config: Config) -> bool:
+    """Whether products may be in bf16: device=auto may be a GPU."""
+    asked = config.optim.polar.dtype == "bf16" or config.parallel.precision is Precision.native
+    machine = config.shard.machine
+    planned = config.device if machine == "auto" else machine
+    return asked or config.optim.polar.dtype == "auto" and planned != "cpu"
+
+
 def _steepest(rule: RuleConfig) -> bool:
     return rule.rule is RuleKind.steepest
+
+
+def _exchanged(rule: RuleConfig) -> bool:
+    """Whether a step needs more of a matrix than an entry: signs do not."""
+    signs = rule.norm == "sign" and rule.manifold == "euclidean"
+    rows = rule.second_moment or rule.even_rows or rule.finishes
+    return _steepest(rule) and not (signs and not rows)
 
 
 def _ladder(rule: RuleConfig) -> bool:
@@ -149,6 +173,9 @@ WHEN = (
     When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),
+    When("parallel.long_side", "hidden matrices: model=conv has kernels",
+         lambda c: c.model.arch is not Arch.conv),
+    When("parallel.loss_chunks", "task=text", lambda c: c.task is Task.text),
     When("parallel.zero", "parallel=deepspeed_z0 to z3", _layout(Layouts.deepspeed)),
     When("parallel.share_gpu", "several ranks on GPUs: not parallel=single or device=cpu",
          lambda c: c.parallel.layout is not Layouts.single and c.device != "cpu"),
@@ -177,6 +204,12 @@ WHEN = (
          lambda c: c.shard.transport is TransportChoice.auto and not c.shard.reproducible),
     When("plan.*", "mode=plan", lambda c: c.mode is Mode.plan),
     When("optim.polar.*", "a rule with the spectral norm", _any_rule(_polar)),
+    *(When(f"optim.polar.{word}", "polar factors by a table: a rule off the manifold stiefel, or "
+           "there optim.solver.method=oneshot or optim.solver.form=rect (auto: in bf16)", _iterates)
+      for word in ("coefficients", "steps", "accuracy", "lower")),
+    When("optim.polar.dtype", "polar factors: optim.solver.method=oneshot, published or lgm, and "
+         "not optim.solver.form=gram",
+         lambda c: _iterates(c) or (c.optim.solver.method, c.optim.solver.form) == ("lgm", "auto")),
     When("optim.polar.steps", "optim.polar.accuracy=0", lambda c: not c.optim.polar.accuracy),
     When("optim.polar.lower", "optim.polar.accuracy above 0",
          lambda c: c.optim.polar.accuracy > 0),
@@ -185,6 +218,8 @@ WHEN = (
          lambda c: c.optim.solver.method == "lgm"),
     When("optim.solver.form", "optim.solver.method=lgm",
          lambda c: c.optim.solver.method == "lgm"),
+    When("optim.solver.products", "optim.solver.method=oneshot, lgm or published",
+         lambda c: c.optim.solver.method != "exact"),
     When("optim.momentum_dtype", "a steepest rule", _any_rule(_steepest)),
     When("optim.compile", "a steepest rule", _any_rule(_steepest)),
     *(When(key, "a steepest rule of hidden matrices",
@@ -192,8 +227,13 @@ WHEN = (
                          if place == "optim.hidden" or place.startswith("optim.overrides.")))
       for key in ("optim.record_pairs", "optim.budget", "optim.lr_at.*")),
     When("logger.geometry_every", "a steepest rule", _any_rule(_steepest)),
-    *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged", _any_rule(_steepest))
-      for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire")),
+    *(When(f"shard.{word}", "a steepest rule, whose matrices are exchanged: not of signs",
+           _any_rule(_exchanged))
+      for word in ("transport", "objective", "reproducible", "max_buffer_mb", "wire", "tflops",
+                   "half_tflops", "gbytes", "latency_us")),
+    When("shard.max_buffer_mb", "steps of many parameters at once: not parallel=deepspeed_z1 to z3",
+         lambda c: c.parallel.layout is not Layouts.deepspeed or c.parallel.zero == 0),
+    When("shard.half_tflops", "products in bf16: on a GPU, or optim.polar.dtype=bf16", _half),
     When("optim.max_norm", "a rule adamw or baseline", _any_rule(lambda rule: not _steepest(rule))),
 )  # fmt: skip
 """The first line that fits a key and does not hold is the reason of the refusal. A key without a
@@ -210,8 +250,12 @@ RULE_READS = {
 }
 """Words of a route that each kind of rule reads, or refuses itself where it is made."""
 
-LAUNCHERS = {"train": (), "sweep": ("sweep", "cluster"), "slurm": ("cluster",)}
-"""Groups that only a launcher reads, by what is started."""
+LAUNCHERS = {
+    "train": "",
+    "sweep": "sweep sweep.* cluster cluster.nodes cluster.ranks_per_node",
+    "slurm": "cluster cluster.*",
+}
+"""Keys of sweep and cluster that are read, by what is started."""
 
 
 def check_effects(
@@ -232,21 +276,31 @@ def check_effects(
     """
     leaves: dict[str, Any] = {}
     for override in overrides:
-        key = override.key_or_group
-        top = key.split(".")[0]
-        if top in ("sweep", "cluster") and top not in LAUNCHERS[program]:
-            raise UsageError(
-                f"{shown(override.input_line or '')} has no effect here: it is read by python -m "
-                f"geon.launch.{'sweep' if top == 'sweep' else 'slurm, or geon.launch.sweep'}"
-            )
+        key, own = override.key_or_group, {}
         if not (override.is_delete() or override.is_sweep_override()):
-            leaves |= dict(flat(override.value(), key))  # of a key that is typed twice, the last
+            own = dict(flat(override.value(), key))
+        for place in own or [key]:
+            check_launcher(place, override.input_line or "", program)
+        leaves |= own  # of a key that is typed twice, the last
+    if program == "sweep":
+        return  # its jobs are checked one by one
     for place, value in leaves.items():
-        if (reason := unread(config, place, raw)) and not _holds_anyway(given, place, value):
+        if (reason := unread(config, place, raw)) and not holds_anyway(given(), place, value):
             raise UsageError(
                 f"{place}={shown(str(value))} has no effect{_beside(config, place)}: {place} is "
                 f"read with {reason}; leave it out"
             )
+
+
+def check_launcher(key: str, text: str, program: str) -> None:
+    """Refuse a key of sweep or cluster that is read by another program than this one."""
+
+    def reads(who: str) -> bool:
+        return any(fnmatchcase(key, known) for known in LAUNCHERS[who].split())
+
+    if key.split(".")[0] in ("sweep", "cluster") and not reads(program):
+        who = " or ".join(f"geon.launch.{name}" for name in LAUNCHERS if reads(name))
+        raise UsageError(f"{shown(text)} has no effect here: it is read by python -m {who}")
 
 
 def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
@@ -273,10 +327,13 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
             if word and word not in RULE_READS[rule.rule].split():
                 kinds = [kind.value for kind, words in RULE_READS.items() if word in words.split()]
                 return f"{route}.rule={' or '.join(kinds)}, not {rule.rule.value}"
-            if word == "per_head" and route in _WITHOUT_HEADS:
-                return "parameters that have attention heads: optim.hidden and optim.overrides"
+            headless = route in _WITHOUT_HEADS or config.model.arch in (Arch.mlp, Arch.conv)
+            if word == "per_head" and headless:
+                return "parameters that have attention heads: of optim.hidden or optim.overrides"
             if rule.rule is not RuleKind.steepest:
                 continue
+            if word == "per_head" and not _exchanged(rule):
+                return f"{route}.norm other than sign, whose steps are of entries"
             if word == "spectral_scale" and rule.norm != "spectral":
                 return f"{route}.norm=spectral"
             if word == "nesterov" and not rule.momentum:
@@ -304,9 +361,12 @@ def _beside(config: Config, place: str) -> str:
     return f" with {group}.{word}={getattr(getattr(config, group), word).value}"
 
 
-def _holds_anyway(given: Callable[[], Any], key: str, value: Any) -> bool:
-    """Whether a value is the one of the files or switches off, which an unread key may say."""
-    if value in (0, False, None, ""):
-        return True
-    found = OmegaConf.select(given(), key, throw_on_missing=False)
-    return found is not None and str(getattr(found, "value", found)).lower() == str(value).lower()
+def holds_anyway(given: Any, key: str, value: Any) -> bool:
+    """Whether a value is the one that the chosen files have, which an unread key may say.
+
+    given: what the files say, composed.
+    """
+    found = OmegaConf.select(given, key, throw_on_missing=False)
+    if found is None or value is None:
+        return found is value
+    return str(getattr(found, "value", found)).lower() == str(value).lower()

@@ -23,6 +23,7 @@ from geon.engine.health import check_health
 from geon.engine.images import check_task
 from geon.engine.loggers import check_loggers
 from geon.engine.parallel import check_layout
+from geon.engine.planning import check_exchange
 from geon.engine.sharding import make_sharding, planned_device
 from geon.errors import UsageError, shown
 from geon.models import LanguageModel
@@ -70,6 +71,7 @@ def check(
     build.check_cuts(routing, config.parallel)
     check_deepspeed(config, routing)
     check_health(config, routing)
+    check_exchange(config, model, routing, world)
     corpus = corpus or _read_data(config, tokenizer())
     check_samples(config, corpus)
     batches = build.make_batches(config, corpus, rank, world)

@@ -19,9 +19,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from geon.errors import UsageError
+from geon.errors import Preempted, UsageError
 from geon.launch.compose import compose
 from geon.launch.leave import guard
 from geon.launch.local import command
@@ -267,7 +267,7 @@ def sweep(overrides: Sequence[str], dry_run: bool = False) -> int:
     Raises:
         UsageError: before any job is started.
     """
-    config = compose(overrides)
+    config = compose(overrides, "sweep")
     if config.cluster.nodes != 1:
         raise UsageError(f"cluster.nodes must be 1 for a sweep, got {config.cluster.nodes}")
     jobs = expand(config, overrides)
@@ -286,13 +286,18 @@ def sweep(overrides: Sequence[str], dry_run: bool = False) -> int:
     return 1 if failed else 0
 
 
+def _stop(*_: object) -> NoReturn:
+    """End on SIGTERM as a run does: jobs under way are asked to save, and the status is 75."""
+    raise Preempted("sweep: asked to stop; jobs under way have saved, the same command goes on")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m geon.launch.sweep", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. sweep=lr seed=1")
     parser.add_argument("--dry-run", action="store_true", help="list the jobs, run none")
     told = parser.parse_intermixed_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
     return guard(lambda: sweep(told.overrides, told.dry_run))
 
 

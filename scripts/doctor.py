@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from geon.launch.leave import guard
+
 REQUIRED = ("torch", "numpy", "hydra-core", "omegaconf", "tqdm", "matplotlib")
 OPTIONAL = {
     "transformers": ("Hugging Face models", "hf"),
@@ -304,4 +306,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guard(lambda: main(sys.argv[1:])))

@@ -18,6 +18,7 @@ from geon.engine.generation import Draw, continued
 from geon.engine.saved import open_saved
 from geon.engine.spoken import Spoken
 from geon.errors import UsageError
+from geon.launch.leave import guard
 from geon.models import IMAGE_MODELS, LanguageModel
 from geon.models.fold import folded
 
@@ -123,4 +124,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

@@ -17,6 +17,7 @@ from geon.configs.schema import Config
 from geon.engine import build, checkpoint, runfolder
 from geon.engine.merge import merge, save
 from geon.errors import UsageError
+from geon.launch.leave import guard
 
 
 def config_of(run: Path) -> Config:
@@ -70,4 +71,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(main())
+    sys.exit(guard(main))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from geon.engine.report import draw
 from geon.engine.runfolder import METRICS, REPORT
+from geon.launch.leave import guard
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,4 +25,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

@@ -6,6 +6,7 @@ import sys
 
 from geon.data.web import DownloadError
 from geon.errors import UsageError
+from geon.launch.leave import guard
 from geon.scripts.prepare_fineweb import add_fineweb
 from geon.scripts.prepare_pysources import add_pysources
 from geon.scripts.prepare_text import add_tokenize
@@ -43,4 +44,4 @@ def _ended(status: int, words: object) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

@@ -19,6 +19,7 @@ from geon.benches.sharding import words_sent
 from geon.engine.build import make_model, make_routing
 from geon.engine.planning import plan_ahead
 from geon.launch.compose import compose
+from geon.launch.leave import guard
 
 MODELS, RANKS = ("124m", "3b"), (8, 64, 1024)
 VOCAB = ["data.vocab_size=50304", "model.vocab_size=50304"]
@@ -135,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

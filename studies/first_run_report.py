@@ -7,6 +7,7 @@ from pathlib import Path
 
 from geon.engine.report import table
 from geon.engine.runfolder import REPORT
+from geon.launch.leave import guard
 
 KEYS = (
     "val_nats_per_byte",
@@ -40,4 +41,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from geon.benches import results
+from geon.launch.leave import guard
 
 Pairs = dict[str, list[tuple[int, Tensor, Tensor]]]
 COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
@@ -122,4 +123,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

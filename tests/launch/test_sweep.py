@@ -213,7 +213,7 @@ def test_jobs_under_way_end_with_the_sweep(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=60) == 75
     metrics = tmp_path / "run-lr=0.01,seed=0" / "metrics.jsonl"
     size = metrics.stat().st_size
     time.sleep(1.0)
