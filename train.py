@@ -15,12 +15,15 @@ if __name__ == "__main__":  # before the imports below, which take a second and 
     signals.listen()
 
 # ruff: noqa: E402
+from typing import Any
+
 import hydra
 
 from geon.configs.schema import register
 from geon.launch.arguments import Arguments, read_arguments
-from geon.launch.compose import as_read, compose, jobs
+from geon.launch.compose import as_read, compose, searched
 from geon.launch.env import read_env
+from geon.launch.runs import multirun, single
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -28,44 +31,47 @@ def printed(_: object) -> None:
     """Stand for the program where Hydra prints help or a config."""
 
 
-def run(told: Arguments) -> None:
-    """Compose and check everything that is asked for, then run it."""
-    if not told.multirun:
-        configs = [compose(told.overrides, "train", told.folder)]
-    else:
-        configs = []
-        for point, overrides in jobs(told.overrides, told.folder):
-            configs.append(compose(overrides, "train", told.folder))
-            configs[-1].name = compose([*overrides, f"name='{configs[-1].name}-{point}'"]).name
+def run(told: Arguments) -> float | None:
+    """Do what is asked for; returns the objective of a single run (eval.objective)."""
     env = read_env()
-    from geon.engine.checks import check
-    from geon.engine.main import execute
 
-    if told.multirun:  # a bad job is found before the first has run
-        for config in configs:
-            check(config, config.plan.world_size or env.world)
-    for config in configs:
-        execute(config, env)
+    def engine() -> Any:
+        from geon.engine.checks import check
+        from geon.engine.main import execute
+
+        return (
+            lambda config: check(config, config.plan.world_size or env.world),
+            lambda config, words: execute(config, env, words),
+        )
+
+    words = [*told.overrides, *searched(*([told.folder] if told.folder else []))]
+    return multirun(words, engine) if told.multirun else single(words, engine)
 
 
 def main(arguments: list[str]) -> int:
     """Command line; returns the exit status."""
     # The deepspeed launcher tells the local rank twice: as an argument, and by LOCAL_RANK.
     arguments = [a for a in arguments if not a.startswith("--local_rank")]
-    told = None
+    by_hydra: list[str] = []
 
     def act() -> None:
-        nonlocal told
         told = read_arguments(arguments)
-        if told.prints:
-            compose(told.overrides, folder=told.folder)
+        if told.helps:
+            from geon.configs.help import page
+
+            print(page(compose(told.overrides, folder=told.folder), told.overrides, told.folder))
+        elif told.prints:
+            if not told.completes:  # a line that is being typed need not be right
+                compose(told.overrides, folder=told.folder)
+            by_hydra.extend(told.overrides)
+            by_hydra.append("")
         else:
             run(told)
 
     status = guard(act)
-    if told is not None and told.prints and not status:
+    if by_hydra and not status:
         register()
-        sys.argv[1:] = [as_read(a) if a in told.overrides else a for a in arguments]
+        sys.argv[1:] = [as_read(a) if a in by_hydra else a for a in arguments]
         printed()
     return status
 
