@@ -21,7 +21,7 @@ import hydra
 
 from geon.configs.schema import register
 from geon.launch.arguments import Arguments, read_arguments
-from geon.launch.compose import as_read, compose, searched
+from geon.launch.compose import as_read, compose, with_folder
 from geon.launch.env import read_env
 from geon.launch.runs import multirun, single
 
@@ -44,7 +44,7 @@ def run(told: Arguments) -> float | None:
             lambda config, words: execute(config, env, words),
         )
 
-    words = [*told.overrides, *searched(*([told.folder] if told.folder else []))]
+    words = with_folder(told.overrides, told.folder)
     return multirun(words, engine) if told.multirun else single(words, engine)
 
 

@@ -80,6 +80,11 @@ def searched(*folders: Path) -> list[str]:
     return [f"hydra.searchpath={json.dumps(places, ensure_ascii=False)}"] if folders else []
 
 
+def with_folder(overrides: Sequence[str], folder: Path | None) -> list[str]:
+    """Overrides that say themselves where the user's own config files are (--config-dir)."""
+    return [*overrides, *(searched(folder) if folder else [])]
+
+
 def reasons(error: BaseException) -> str:
     """What Hydra and the error behind its own say, in one line."""
     told = [str(e).strip() for e in (error, error.__cause__) if e is not None]

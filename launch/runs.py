@@ -25,7 +25,8 @@ def single(words: Sequence[str], engine: "Callable[[], tuple[Check, Execute]]") 
     """
     config = compose(words, "train")
     if agent := agent_run():  # of one sweep's runs, none is to find another's folder
-        config = compose([*words, f"name='{config.name}-{agent}'"], "train")
+        words = [*words, f"name='{config.name}-{agent}'"]
+        config = compose(words, "train")
     return engine()[1](config, words)
 
 
@@ -33,24 +34,25 @@ def multirun(words: Sequence[str], engine: "Callable[[], tuple[Check, Execute]]"
     """Compose and check all jobs of a grid, then do them; or let a sweeper choose one by one."""
     sweep = Sweep(words)
 
-    def named(own: Sequence[str], point: str) -> "Config":
+    def named(own: Sequence[str], point: str) -> tuple["Config", list[str]]:
         name = compose(own, "train").name
-        return compose([*own, f"name='{name}-{point}'"], "train")
+        words = [*own, f"name='{name}-{point}'"]
+        return compose(words, "train"), words
 
     if not sweep.plugin:
-        todo = [(named(own, point), own) for point, own in jobs(sweep.words)]
+        todo = [named(own, point) for point, own in jobs(sweep.words)]
         check, execute = engine()
         for config, _ in todo:  # a bad job is found before the first has run
             check(config)
         for config, own in todo:
             execute(config, own)
         return
-    first = named(sweep.first(), "first")
+    first, _ = named(sweep.first(), "first")
     check, execute = engine()
     check(first)
 
     def trial(own: list[str], point: str) -> float:
-        found = execute(named(own, point), own)
+        found = execute(*named(own, point))
         if found is None:
             raise UsageError(f"mode={first.mode.value} has no objective for a sweeper to minimise")
         return found

@@ -68,7 +68,8 @@ class Sweep:
         self._folder = folder
         self.fixed = [text for text in self.words if not read(text).is_sweep_override()]
         node = self._hydra([*self._typed(self.fixed), *self._own, *self._search])
-        choices = {k: v for k, v in node["runtime"]["choices"].items() if k.startswith("hydra/")}
+        chosen = node["runtime"]["choices"].items()
+        choices = {k: v for k, v in chosen if k.startswith("hydra/sweeper") and v is not None}
         bare = self._hydra([f"{group}={name}" for group, name in choices.items()])
         for part in _AS_OURS:
             if node[part] != bare[part]:
@@ -127,7 +128,7 @@ class Sweep:
         for text in self.words:
             if (one := read(text)).is_sweep_override():
                 value: Any = one.value()
-                if hasattr(value, "start") and one.is_continuous_sweep():
+                if one.is_interval_sweep():
                     begin = value.start
                 else:
                     begin = next(iter(one.sweep_string_iterator()))
