@@ -47,7 +47,7 @@ def page(config: Config, overrides: Sequence[str] = (), folder: Path | None = No
         lines += _block(f"  {group:<{width}}", " ".join(names))
     lines += ["", "keys, with the values that they have here"]
     for key, value, words in _rows(config):
-        lines.append((f"  {key}" if value is None else f"  {key} = {value}").rstrip())
+        lines += [f"  {key}".rstrip()] if value is None else _block(f"  {key} = ", value)
         lines += _block(" " * 6, words) if words else []
     for name, kind in (("optim.overrides.NAME", OverrideConfig), ("data.mix.NAME", MixConfig),
                        ("sweep.arms.NAME", ArmConfig)):  # fmt: skip
@@ -99,7 +99,7 @@ def _block(head: str, words: str) -> list[str]:
         words,
         _WIDTH,
         initial_indent=head,
-        subsequent_indent=" " * len(head),
+        subsequent_indent=" " * min(len(head), 14),
         break_on_hyphens=False,
     )
 
