@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from geon.configs.schema import LoggerConfig
 from geon.engine.loggers import Logger, reason, warn
 from geon.errors import UsageError
-from geon.launch.env import default, netrc_file
+from geon.launch.env import agent_run, default, netrc_file
 
 OPEN_SECONDS = 15.0
 """Until a run goes on without Weights & Biases, whatever it waits for."""
@@ -113,6 +113,9 @@ class Wandb(Logger):
             "dir": folder,
             "config": settings,
         }
+        if agent_run():  # the sweep has said already which run of which project this is
+            for key in ("project", "entity", "id"):
+                del self._options[key]
         self._run: Any = within(
             OPEN_SECONDS, lambda: self._open(config.wandb_mode), "opening Weights & Biases"
         )

@@ -116,6 +116,15 @@ def test_wandb_is_told_whose_run_it_is_and_what_curves_are_drawn_over(tmp_path, 
                                    "step": 2, "tokens": 512})  # fmt: skip
 
 
+def test_an_agent_of_wandb_says_itself_which_run_it_is(tmp_path, monkeypatch):
+    package = Package()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "ab12")
+    open_loggers(tmp_path, LoggerConfig(wandb=True), "name", {}, "id7", 0)[1].close()
+    assert not {"project", "entity", "id"} & set(package.given) and package.given["name"] == "name"
+
+
 @pytest.mark.parametrize("known", ["", "environment", "netrc"])
 def test_a_missing_key_is_one_line_before_there_is_a_folder(tmp_path, monkeypatch, known):
     settings = type("Settings", (), {"base_url": "https://api.wandb.ai", "api_key": None})
