@@ -37,10 +37,10 @@ def objective(folder: Path, which: Outcome) -> float:
     Returns: nats a byte where they are known, else a token; nan without an evaluation.
     """
     rows = sorted(read_metrics(folder, "eval"), key=lambda row: row["step"])
-    found = [
-        row["val_nats_per_token"] if row["val_nats_per_byte"] is None else row["val_nats_per_byte"]
-        for row in rows
-    ]
+    of_bytes = [row.get("val_nats_per_byte") for row in rows]
+    of_tokens = [row.get("val_nats_per_token") for row in rows]
+    pairs = zip(of_bytes, of_tokens, strict=True)
+    found = [b if b is not None else t for b, t in pairs if b is not None or t is not None]
     if not found:
         return math.nan
     return float(found[-1] if which is Outcome.last else min(found))

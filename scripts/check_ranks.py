@@ -88,7 +88,7 @@ def link_seconds(device: torch.device) -> float | None:
     found = None
     for first in (0, 1):
         for low in range(first, world - 1, 2):
-            group = dist.new_group([low, low + 1])  # type: ignore[no-untyped-call]
+            group = dist.new_group([low, low + 1])
             if rank in (low, low + 1):
                 mine = group
         if any(rank in (low, low + 1) for low in range(first, world - 1, 2)):
