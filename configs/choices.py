@@ -163,6 +163,13 @@ class Objective(Enum):
     bytes = "bytes"
 
 
+class Outcome(Enum):
+    """Which validation loss of a run is its objective."""
+
+    last = "last"
+    best = "best"
+
+
 class Wire(Enum):
     """Words of updates and directions that travel; weights and sums are always fp32."""
 

@@ -8,21 +8,51 @@ import yaml
 
 from geon.errors import UsageError, shown
 
+OURS = Path(__file__).resolve().parent
+"""The folder of our own config files, which is searched first."""
+
+
+def search_path(value: Any) -> list[Path]:
+    """Folders that `hydra.searchpath=[file://DIR, ...]` names; `file://` may be left out.
+
+    Raises:
+        UsageError: an entry that is no folder of files, such as pkg://...
+    """
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        told = shown(str(entry))
+        if not isinstance(entry, str) or not entry.removeprefix("file://"):
+            raise UsageError(f"hydra.searchpath: '{told}' is no folder: write [file://FOLDER]")
+        if "://" in entry.removeprefix("file://"):
+            raise UsageError(
+                f"hydra.searchpath: '{told}' is not a folder of files, and no package is imported "
+                "by name from a config: write [file://FOLDER]"
+            )
+    return [Path(entry.removeprefix("file://")) for entry in entries]
+
 
 def check_folder(folder: Path, most: int = 1 << 20) -> None:
     """Check the user's own config files before Hydra reads them (--config-dir).
 
     Raises:
-        UsageError: names the file: no yaml, too large, or nested without end.
+        UsageError: names the file: no yaml, too large, nested without end, or hidden by ours.
     """
     if not folder.is_dir():
-        raise UsageError(f"--config-dir '{shown(str(folder))}' is not a folder")
+        raise UsageError(
+            f"--config-dir (or hydra.searchpath) '{shown(str(folder))}' is not a folder"
+        )
     for file in sorted(folder.rglob("*.yaml")):
         try:
             size = file.stat().st_size
             if size > most:
                 raise UsageError(f"'{shown(str(file))}' has {size} bytes, over {most}")
             _check_nodes(file.read_text("utf-8"))
+            own = OURS / file.relative_to(folder)
+            if own.is_file() and own.read_bytes() != file.read_bytes():
+                raise UsageError(
+                    f"'{shown(str(file))}' would not be read: configs/{file.relative_to(folder)} "
+                    "has its name, and comes first; give it another"
+                )
         except (OSError, ValueError, RecursionError) as error:
             if isinstance(error, UsageError) and str(file) in str(error):
                 raise

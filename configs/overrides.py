@@ -12,11 +12,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from geon.configs import recipes
+from geon.configs.folder import search_path
 from geon.configs.recipes import OverrideConfig
 from geon.configs.schema import ArmConfig, Config, MixConfig
 from geon.errors import UsageError, nearest, shown
 
 ROOT = Path(__file__).resolve().parent
+SEARCH_PATH = "hydra.searchpath"
 LONGEST = 20_000
 """Characters of one override: a grid of a sweep is far below."""
 _LISTED = ("experiment",)
@@ -63,6 +65,21 @@ def kind_of(key: str) -> Any:
     return kind
 
 
+def own_folders(arguments: Sequence[str], folder: Path | None = None) -> list[Path]:
+    """Folders of the user's own config files: --config-dir, then those of hydra.searchpath.
+
+    Raises:
+        UsageError: an entry that is no folder.
+    """
+    found = [folder] if folder else []
+    for text in arguments:
+        if text.startswith(f"{SEARCH_PATH}="):
+            value = read(text).value()
+            check_plain(SEARCH_PATH, value)
+            found += search_path(value)
+    return found
+
+
 def check_overrides(arguments: Sequence[str], folder: Path | None = None) -> list[Override]:
     """Read command-line overrides, and check their keys and what their values are made of.
 
@@ -70,14 +87,16 @@ def check_overrides(arguments: Sequence[str], folder: Path | None = None) -> lis
     `${oc.env:X}` into what a run writes down.
 
     arguments: those that begin with a hyphen are left out.
-    folder: of the user's own config files, whose options are known too.
+    folder: of the user's own config files, whose options are known too, as are those of folders
+    that hydra.searchpath names.
 
     Raises:
         UsageError: names what is wrong with the first bad one.
     """
     options = groups()
-    for group, own in (groups(folder) if folder else {}).items():
-        options[group] = [*options.get(group, []), *own]
+    for place in own_folders(arguments, folder):
+        for group, own in groups(place).items():
+            options[group] = [*dict.fromkeys([*options.get(group, []), *own])]
     return [_check(read(text), options) for text in arguments if not text.startswith("-")]
 
 
@@ -109,10 +128,18 @@ def read(text: str) -> Override:
 
 def _check(override: Override, options: dict[str, list[str]]) -> Override:
     key, text = override.key_or_group, shown(override.input_line or "")
+    if key == SEARCH_PATH and not (override.is_add() or override.is_delete()):
+        return override  # own_folders has read it
+    if re.split(r"[./]", key)[:2] == ["hydra", "sweeper"]:
+        check_sweeper(override)
+        raise UsageError(
+            f"'{text}' has no effect without -m: it says what chooses the jobs' values"
+        )
     if re.split(r"[./]", key)[0] == "hydra":
         raise UsageError(
             f"'{shown(key)}': Hydra's own settings are not to be changed here, nothing is made by "
-            "name from a config; grids of jobs are run by: python -m geon.launch.sweep"
+            "name from a config; what is taken: hydra.searchpath=[file://FOLDER], and with -m "
+            "hydra/sweeper=NAME and hydra.sweeper.KEY=VALUE"
         )
     if not key:
         raise UsageError(f"'{text}' has no key: write KEY=VALUE")
@@ -140,6 +167,18 @@ def _check(override: Override, options: dict[str, list[str]]) -> Override:
                 check_plain(place, leaf)
                 _check_truth(place, leaf)
     return override
+
+
+def check_sweeper(override: Override) -> None:
+    """Check a word of `hydra/sweeper=NAME` and its kin: plain values only.
+
+    Raises:
+        UsageError: something would be made by name, or looked up.
+    """
+    key, text = override.key_or_group, shown(override.input_line or "")
+    if override.is_delete() or override.is_sweep_override():
+        raise UsageError(f"'{text}': one sweeper chooses the values of a multirun: give it one")
+    check_plain(key, override.value())
 
 
 def sweep_texts(override: Override, most: int = 1000) -> list[str]:

@@ -160,6 +160,12 @@ RANGES: dict[str, Test] = {
     "logger.geometry_every": STEPS,
     "logger.spectrum_every": STEPS,
     "logger.wandb_project": line(128, empty=False),
+    "logger.wandb_entity": WORD,
+    "logger.wandb_group": line(128),
+    "logger.wandb_tags": must(
+        "words of 64 printable characters at most",
+        lambda x: all(isinstance(one, str) and 0 < len(one) <= 64 and _printable(one) for one in x),
+    ),
     "logger.wandb_mode": one_of("offline", "online", "disabled"),
     "eval.every": STEPS,
     "eval.batch": positive(2**24),
@@ -182,7 +188,20 @@ RANGES: dict[str, Test] = {
     "cluster.cpus_per_rank": positive(4096),
     "cluster.partition": line(128),
     "cluster.account": line(128),
+    "cluster.qos": line(128),
+    "cluster.constraint": line(1000),
+    "cluster.mem": must(
+        "a size, such as 200G", lambda x: re.fullmatch(r"(\d+[KMGT]?)?", x) is not None
+    ),
+    "cluster.gres": line(1000),
     "cluster.time": line(40),
+    "cluster.directives": must(
+        "options of sbatch without their hyphens, such as mail-type=END",
+        lambda x: all(
+            isinstance(one, str) and re.match(r"[a-z][a-z-]*(=|$)", one) and _printable(one)
+            for one in x
+        ),
+    ),
     "cluster.setup": must("text of at most 10,000 characters", lambda x: len(x) <= 10_000),
     "sweep.name": RUN_NAME,
     "sweep.overrides": must("texts", lambda x: all(isinstance(one, str) for one in x)),

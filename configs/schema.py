@@ -15,6 +15,7 @@ from geon.configs.choices import (
     Mode,
     Norms,
     Objective,
+    Outcome,
     Policy,
     Precision,
     Residual,
@@ -25,6 +26,8 @@ from geon.configs.choices import (
     Wire,
 )
 from geon.configs.choices import RuleKind as RuleKind
+from geon.configs.jobs import ArmConfig as ArmConfig
+from geon.configs.jobs import ClusterConfig, LoggerConfig, SweepConfig
 from geon.configs.recipes import OptimConfig
 from geon.configs.recipes import RuleConfig as RuleConfig
 
@@ -255,31 +258,14 @@ class HealthConfig:
 
 
 @dataclass
-class LoggerConfig:
-    """Where metrics go besides metrics.jsonl, which is always written."""
-
-    every: int = 10
-    """Steps between lines."""
-    progress: bool = True
-    """Progress bar on a terminal; plain lines elsewhere."""
-    spectrum_every: int = 0
-    """Steps between records of the hidden weights' singular values; 0 never."""
-    geometry_every: int = 0
-    """Steps between inspections of directions on manifolds (certified gap, tangency); 0 never."""
-    certify_every: int = 0
-    """Steps between certificates in the log: bounds of logits and of sensitivity; 0 never."""
-    wandb: bool = False
-    wandb_project: str = "geon"
-    wandb_mode: str = "offline"
-    tensorboard: bool = False
-
-
-@dataclass
 class EvalConfig:
     """Validation and samples."""
 
     every: int = 0
     """Steps between evaluations; 0 only at the end."""
+    objective: Outcome = Outcome.last
+    """Which validation loss is the run's objective (report.json), which a sweeper minimises: last,
+    or the best of all evaluations; nats a byte where known, else a token."""
     batch: int = 64
     """Sequences in one forward pass."""
     sample_tokens: int = 0
@@ -323,47 +309,6 @@ class PlanConfig:
     memory_gb: float = 0.0
     """GB of a rank's device, of which 90% are planned with; 0 takes those of the device here, or 80
     for a GPU that is not here."""
-
-
-@dataclass
-class ClusterConfig:
-    """Where `launch/slurm.py` runs a job, and how many ranks `launch/sweep.py` gives one."""
-
-    name: str = MISSING
-    nodes: int = 1
-    ranks_per_node: int = 1
-    cpus_per_rank: int = 8
-    partition: str = ""
-    account: str = ""
-    time: str = "01:00:00"
-    setup: str = ""
-    """Shell lines before the launch, e.g. module loads."""
-
-
-@dataclass
-class ArmConfig:
-    """One side of a comparison."""
-
-    overrides: list[str] = field(default_factory=list)
-    """What makes it, e.g. [optim=muon]."""
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Values of its own for keys of the grid."""
-
-
-@dataclass
-class SweepConfig:
-    """A grid of jobs for `launch/sweep.py`; each is a torchrun of its own."""
-
-    name: str = "none"
-    overrides: list[str] = field(default_factory=list)
-    """What all jobs share; what is given beside sweep=... comes after it, and wins."""
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Config key -> values; the jobs are the product, within each arm where there are arms."""
-    arms: dict[str, Any] = field(default_factory=dict)
-    """Name -> ArmConfig: "+sweep.arms.lion={overrides: ['optim=lion'], grid: {optim.lr: [0.001]}}".
-    A null arm is left out."""
-    parallel_jobs: int = 0
-    """Jobs at a time; 0 takes as many as GPUs, or as CPU cores, have room for."""
 
 
 @dataclass

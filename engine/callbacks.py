@@ -190,7 +190,19 @@ class Evaluator(Callback):
         record = {"tokens": trainer.tokens, "elapsed": trainer.elapsed}
         record["peak_memory_bytes"] = trainer.memory.set_aside()
         trainer.log("eval", record | self.last.to_dict())
+        if run.parallel.env.main:
+            with tqdm.external_write_mode():
+                say(f"step {trainer.step}: validation loss {told(self.last)}")
         gc.collect()
+
+
+def told(evaluation: Evaluation) -> str:
+    """A validation loss with its unit, for people."""
+    if evaluation.accuracy is not None:
+        return f"{evaluation.nats_per_token:.4f} nats/image, accuracy {evaluation.accuracy:.2%}"
+    if evaluation.nats_per_byte is None:
+        return f"{evaluation.nats_per_token:.4f} nats/token"
+    return f"{evaluation.nats_per_byte:.4f} nats/byte"
 
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

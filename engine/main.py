@@ -15,6 +15,7 @@ from geon.engine.callbacks import Compilation, Evaluator, Progress, Spectrum
 from geon.engine.certify import Certify, certify
 from geon.engine.checkpointer import Checkpointer
 from geon.engine.checks import Checked, absent, check, check_launched, count_ids
+from geon.engine.console import Console
 from geon.engine.curvature import Curvature
 from geon.engine.devices import pick_device
 from geon.engine.evaluate import check_val
@@ -27,15 +28,22 @@ from geon.engine.preemption import Preemption
 from geon.engine.pretrained import Pretrained
 from geon.engine.report import Report
 from geon.engine.resume import Choice
+from geon.engine.runfolder import objective
 from geon.engine.sources import with_validation
+from geon.engine.trackers import check_key
 from geon.engine.trainer import Callback, Trainer
 from geon.engine.watch import Watch
 from geon.launch.env import Env
 from geon.optim import Baseline
 
 
-def execute(config: Config, env: Env) -> None:
+def execute(config: Config, env: Env, words: Sequence[str] = ()) -> float | None:
     """Do what `config.mode` says.
+
+    words: the overrides that made the config, which a run folder keeps.
+
+    Returns:
+        The run's objective (eval.objective), on every rank; None of other modes.
 
     Raises:
         UsageError: bad input, found before a process group or a run folder exists wherever the
@@ -60,33 +68,39 @@ def execute(config: Config, env: Env) -> None:
                 )
             if config.data.source is Source.stream and config.plan.format is Format.table:
                 print(f"data, of which nothing was read: {checked.corpus.facts}")
-        return
+        return None
     if config.mode is Mode.certify:
         found = certify(prepare(config, env, [])[0].run)
         if found is not None:
             print(found.table(), flush=True)
-        return
-    train(config, env)
+        return None
+    return train(config, env, words)
 
 
-def train(config: Config, env: Env) -> None:
-    """Train one run to its end."""
-    lock = Lock(env.job)
+def train(config: Config, env: Env, words: Sequence[str] = ()) -> float:
+    """Train one run to its end; returns its objective, on every rank."""
+    lock, folder = Lock(env.job), Path(config.output) / config.name
     try:
         checked = check_alone(config, env)
+        if env.main:
+            check_key(config.logger)
         parallel = start(config.parallel, config.device, env)
-        with Watch(parallel) as watch:
+        with Console(env.main) as console, Watch(parallel) as watch:
             begun = begin(config, checked, parallel, lock)
             if begun.choice.finished:
                 _say_finished(begun)
-                return
-            trainer = assemble(begun, _callbacks(config))
-            watch.follow(trainer)
-            on_main(parallel, lambda: open_folder(trainer, begun.choice, lock))
-            memory = explained(config, trainer.run.predicted, env.rank)
-            with segment(trainer, begun.choice), memory:
-                trainer.fit()
-                parallel.barrier()
+            else:
+                trainer = assemble(begun, _callbacks(config))
+                trainer.words = list(words)
+                watch.follow(trainer)
+                on_main(parallel, lambda: open_folder(trainer, begun.choice, lock))
+                console.keep(folder)
+                memory = explained(config, trainer.run.predicted, env.rank)
+                with segment(trainer, begun.choice), memory:
+                    trainer.fit()
+                    parallel.barrier()
+            own = objective(folder, config.eval.objective) if env.main else 0.0
+            return parallel.from_main(own)
     finally:
         lock.release()
 

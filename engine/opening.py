@@ -92,6 +92,7 @@ def _start_row(trainer: Trainer, choice: Choice) -> dict[str, object]:
         "started": history.now(),
         "first": trainer.step,
         "resumed": choice.origin,
+        "overrides": trainer.words,
         "changed": {c.key: [c.old, c.new] for c in choice.changed},
         **history.surroundings(parallel.env, parallel.device.type),
     }
@@ -126,6 +127,8 @@ def _write_config(trainer: Trainer) -> None:
     aside = trainer.folder / f"{runfolder.CONFIG}.writing"
     OmegaConf.save(settings, aside)
     aside.replace(trainer.folder / runfolder.CONFIG)
+    words = "".join(f"{word}\n" for word in trainer.words)
+    (trainer.folder / runfolder.OVERRIDES).write_text(words)
 
 
 class FirstStep(Callback):

@@ -14,7 +14,7 @@ from geon.engine.differences import changed_settings
 from geon.engine.evaluate import Evaluation, val_bytes, val_text, val_windows
 from geon.engine.loggers import reason, say, warn
 from geon.engine.metrics import hardware, yardsticks
-from geon.engine.runfolder import REPORT, read_metrics
+from geon.engine.runfolder import REPORT, objective, read_metrics
 from geon.engine.sample import sample
 from geon.engine.trainer import Callback, Trainer
 
@@ -88,6 +88,7 @@ class Report(Callback):
             "train_bytes_seen": _bytes_seen(trainer, evaluation),
             "train_seconds": trainer.elapsed,
             **evaluation.to_dict(),
+            "objective": objective(trainer.folder, run.config.eval.objective),
             "val_bytes": size,
             **yardsticks(text),
             "tokens_per_second": float(np.median([r["tokens_per_second"] for r in train]))

@@ -1,15 +1,18 @@
 """The folder of a run: made only once everything has been checked, never overwritten."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from geon.configs.choices import Outcome
 from geon.engine.history import read_rows
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 PLAN = "plan.json"
 REPORT = "report.json"
+OVERRIDES = "overrides.txt"
 
 
 def move_aside(folder: Path) -> Path | None:
@@ -26,6 +29,21 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl, of one kind or all; a damaged one is left out, and that is said."""
     rows = read_rows(folder / METRICS)
     return [row for row in rows if kind is None or row["kind"] == kind]
+
+
+def objective(folder: Path, which: Outcome) -> float:
+    """What a sweeper minimises: the last validation loss in the log of a run, or the best.
+
+    Returns: nats a byte where they are known, else a token; nan without an evaluation.
+    """
+    rows = sorted(read_metrics(folder, "eval"), key=lambda row: row["step"])
+    of_bytes = [row.get("val_nats_per_byte") for row in rows]
+    of_tokens = [row.get("val_nats_per_token") for row in rows]
+    pairs = zip(of_bytes, of_tokens, strict=True)
+    found = [b if b is not None else t for b, t in pairs if b is not None or t is not None]
+    if not found:
+        return math.nan
+    return float(found[-1] if which is Outcome.last else min(found))
 
 
 def drop_after(folder: Path, step: int, branch: Path | None = None) -> None:

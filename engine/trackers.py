@@ -1,6 +1,7 @@
 """Weights & Biases and TensorBoard. Imports their packages when one is made."""
 
 import atexit
+import netrc
 import threading
 import urllib.error
 import urllib.request
@@ -8,10 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from geon.configs.schema import LoggerConfig
 from geon.engine.loggers import Logger, reason, warn
-from geon.launch.env import default
+from geon.errors import UsageError
+from geon.launch.env import agent_run, default, netrc_file
 
 OPEN_SECONDS = 15.0
 """Until a run goes on without Weights & Biases, whatever it waits for."""
@@ -23,6 +26,9 @@ FINISH_SECONDS = 30.0
 """Until the run ends, uploaded or not: what was not is on the disk."""
 LEAVE_SECONDS = 3.0
 """For its process to end by itself."""
+
+AXES = ("step", "tokens")
+"""What curves are drawn over: the first, unless another is chosen."""
 
 Found = TypeVar("Found")
 
@@ -64,6 +70,29 @@ def answers(url: str) -> None:
         return
 
 
+def check_key(config: LoggerConfig) -> None:
+    """Refuse to go online without a key (main rank), before a run folder exists.
+
+    Raises:
+        UsageError: names what to set.
+    """
+    if not config.wandb or config.wandb_mode != "online":
+        return
+    import wandb
+
+    settings = wandb.setup().settings
+    host, file = urlsplit(settings.base_url).netloc, netrc_file()
+    if settings.api_key or getattr(settings, "identity_token_file", None):
+        return
+    with suppress(OSError, netrc.NetrcParseError):
+        if file.is_file() and netrc.netrc(file).authenticators(host):
+            return
+    raise UsageError(
+        f"logger.wandb_mode=online needs an API key for {host}, and there is none: set "
+        "WANDB_API_KEY, or type `wandb login` once; logger.wandb_mode=offline does without"
+    )
+
+
 class Wandb(Logger):
     """Weights & Biases. The API key comes from its own environment or netrc, never from here.
 
@@ -76,15 +105,24 @@ class Wandb(Logger):
         self._folder = folder
         self._options: dict[str, Any] = {
             "project": config.wandb_project,
+            "entity": config.wandb_entity or None,
+            "group": config.wandb_group or None,
+            "tags": list(config.wandb_tags),
             "name": name,
             "id": run_id,
             "dir": folder,
             "config": settings,
         }
+        if agent_run():  # the sweep has said already which run of which project this is
+            for key in ("project", "entity", "id"):
+                del self._options[key]
         self._run: Any = within(
             OPEN_SECONDS, lambda: self._open(config.wandb_mode), "opening Weights & Biases"
         )
         self._first = int(self._run.starting_step or 0)
+        for axis in AXES:
+            self._run.define_metric(axis)
+        self._kinds: set[Any] = set()
         # Weights & Biases waits for its uploads at exit, without end, unless we close it before.
         atexit.register(self._leave)
 
@@ -126,7 +164,11 @@ class Wandb(Logger):
         numbers = {
             f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, int | float)
         }
-        self._run.log({**numbers, "step": record["step"]}, step=record["step"])
+        if record["kind"] not in self._kinds:
+            self._kinds.add(record["kind"])
+            self._run.define_metric(f"{record['kind']}/*", step_metric=AXES[0])
+        axes = {name: record[name] for name in AXES if name in record}
+        self._run.log({**numbers, **axes}, step=record["step"])
 
     def close(self) -> None:
         """Finish the run at Weights & Biases, within a bounded time."""

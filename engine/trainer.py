@@ -63,6 +63,7 @@ class Trainer:
         step: steps taken, over resumes; with it goes the whole data state.
         elapsed: seconds of training, over resumes; evaluations are not counted.
         tokens: those read, over resumes.
+        words: overrides that the run was started with.
         facts: what else the commit file of each checkpoint says of the run, for JSON.
         lr_fraction: share of the peak rates in the last step.
         loss: mean loss of the last step over this rank's tokens, on the device; None where the
@@ -78,6 +79,7 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.tokens = 0
+        self.words: list[str] = []
         self.facts: dict[str, Any] = {}
         self.lr_fraction = 0.0
         self.loss: Tensor | None = None

@@ -6,37 +6,35 @@ the command `geon` are the same program.
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from geon.launch import signals
 from geon.launch.arguments import Arguments, read_arguments
-from geon.launch.compose import as_read, compose, jobs
+from geon.launch.compose import as_read, compose, with_folder
 from geon.launch.env import read_env
 from geon.launch.leave import BAD_INPUT, guard, leave
+from geon.launch.runs import multirun, single
 
 
-def run(told: Arguments) -> None:
-    """Compose and check everything that is asked for, then run it."""
-    if not told.multirun:
-        configs = [compose(told.overrides, "train", told.folder)]
-    else:
-        configs = []
-        for point, overrides in jobs(told.overrides, told.folder):
-            configs.append(compose(overrides, "train", told.folder))
-            configs[-1].name = compose([*overrides, f"name='{configs[-1].name}-{point}'"]).name
+def run(told: Arguments) -> float | None:
+    """Do what is asked for; returns the objective of a single run (eval.objective)."""
     env = read_env()
-    from geon.engine.checks import check
-    from geon.engine.main import execute
 
-    if told.multirun:  # a bad job is found before the first has run
-        for config in configs:
-            check(config, config.plan.world_size or env.world)
-    for config in configs:
-        execute(config, env)
+    def engine() -> Any:
+        from geon.engine.checks import check
+        from geon.engine.main import execute
+
+        return (
+            lambda config: check(config, config.plan.world_size or env.world),
+            lambda config, words: execute(config, env, words),
+        )
+
+    words = with_folder(told.overrides, told.folder)
+    return multirun(words, engine) if told.multirun else single(words, engine)
 
 
-def show(told: Arguments, arguments: Sequence[str]) -> None:
-    """Let Hydra print what is asked for: help, a config, completions."""
+def show(overrides: Sequence[str], arguments: Sequence[str]) -> None:
+    """Let Hydra print what is asked for: a config, completions."""
     import hydra
 
     from geon.configs.overrides import ROOT
@@ -46,7 +44,7 @@ def show(told: Arguments, arguments: Sequence[str]) -> None:
         """Stand for the program."""
 
     register()
-    sys.argv[1:] = [as_read(a) if a in told.overrides else a for a in arguments]
+    sys.argv[1:] = [as_read(a) if a in overrides else a for a in arguments]
     hydra.main(version_base="1.3", config_path=str(ROOT), config_name="train")(train)()
 
 
@@ -54,19 +52,25 @@ def main(arguments: Sequence[str]) -> int:
     """Command line; returns the exit status."""
     # The deepspeed launcher tells the local rank twice: as an argument, and by LOCAL_RANK.
     arguments = [a for a in arguments if not a.startswith("--local_rank")]
-    told = None
+    by_hydra: list[str] | None = None
 
     def act() -> None:
-        nonlocal told
+        nonlocal by_hydra
         told = read_arguments(arguments)
-        if told.prints:
-            compose(told.overrides, folder=told.folder)
+        if told.helps:
+            from geon.configs.help import page
+
+            print(page(compose(told.overrides, folder=told.folder), told.overrides, told.folder))
+        elif told.prints:
+            if not told.completes:  # a line that is being typed need not be right
+                compose(told.overrides, folder=told.folder)
+            by_hydra = list(told.overrides)
         else:
             run(told)
 
     status = guard(act)
-    if told is not None and told.prints and not status:
-        show(told, arguments)
+    if by_hydra is not None and not status:
+        show(by_hydra, arguments)
     return status
 
 

@@ -1,6 +1,7 @@
 """The command line of train.py: Hydra's flags, of which some only print, and some are refused."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +26,33 @@ class Arguments:
     Attributes:
         overrides: KEY=VALUE and its kin.
         multirun: whether they make several jobs.
-        prints: whether Hydra is to print something instead (help, configs, completions).
+        prints: whether something is to be printed instead (help, configs, completions).
         folder: of the user's own config files.
+        helps: whether the help is asked for, which is ours.
+        completes: whether a shell asks how a word could go on.
     """
 
     overrides: list[str]
     multirun: bool = False
     prints: bool = False
     folder: Path | None = None
+    helps: bool = False
+    completes: bool = False
+
+
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Give a launcher the flag for the user's own config files."""
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="DIR", help="a folder of your own config files"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{shown(message)}; --help lists what there is")
+        hint = "--help lists what there is"
+        if re.search(r"--[\w.]+=", message):
+            hint += "; keys have no hyphens: KEY=VALUE (a W&B sweep: ${args_no_hyphens})"
+        raise UsageError(f"{shown(message)}; {hint}")
 
 
 def read_arguments(arguments: Sequence[str]) -> Arguments:
@@ -73,4 +88,6 @@ def read_arguments(arguments: Sequence[str]) -> Arguments:
             "-m runs jobs one after another in one process, and several ranks would start each of "
             "them twice: run grids by python -m geon.launch.sweep, with cluster.ranks_per_node"
         )
-    return Arguments(told.overrides, told.multirun, prints, told.config_dir)
+    return Arguments(
+        told.overrides, told.multirun, prints, told.config_dir, told.help, told.shell_completion
+    )

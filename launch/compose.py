@@ -1,5 +1,6 @@
 """Composing configs from what was typed. Hydra is imported lazily: `--help` stays fast."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -36,24 +37,25 @@ def compose(overrides: Sequence[str], program: str = "", folder: Path | None = N
     from geon.configs.rate import carry_rate
 
     schema.register()
-    if folder:
-        check_folder(folder)
+    folders = typed.own_folders(overrides, folder)
+    for place in folders:
+        check_folder(place)
     told = check.check_overrides(overrides, folder)
+    told = [one for one in told if one.key_or_group != typed.SEARCH_PATH]
     if several := [one for one in told if one.is_sweep_override()]:
         raise UsageError(
             f"'{shown(several[0].input_line or '')}' gives several values: start one job for each "
             "with -m, or put the value in quotes where it is one text"
         )
     words = [typed.as_text(one) for one in told]
-    place = f"file://{folder.resolve()}" if folder else ""
-    search = [f"hydra.searchpath=[{json.dumps(place, ensure_ascii=False)}]"] if folder else []
+    search = searched(*folders)
 
     def composed(words: list[str]) -> Any:
         try:
             with hydra.initialize_config_dir(str(check.ROOT), version_base="1.3"):
                 return hydra.compose("train", overrides=[*words, *search])
         except Exception as error:  # of Hydra, omegaconf, yaml: whatever reading them meets
-            raise UsageError(f"config: {_reasons(error)}") from None
+            raise UsageError(f"config: {reasons(error)}") from None
 
     found = composed(words)
     try:
@@ -66,14 +68,24 @@ def compose(overrides: Sequence[str], program: str = "", folder: Path | None = N
         raise
     if program:
         raw = OmegaConf.to_container(found, resolve=False)
-        options = typed.groups(folder) if folder else {}
-        options |= typed.groups()
+        options = set(typed.groups()).union(*map(typed.groups, folders))
         chosen = [w for w, one in zip(words, told, strict=True) if one.key_or_group in options]
         effects.check_effects(config, told, raw, lambda: composed(chosen), program)
     return config
 
 
-def _reasons(error: BaseException) -> str:
+def searched(*folders: Path) -> list[str]:
+    """The override by which Hydra, or another start of ours, finds the user's own config files."""
+    places = [f"file://{folder.resolve()}" for folder in folders]
+    return [f"hydra.searchpath={json.dumps(places, ensure_ascii=False)}"] if folders else []
+
+
+def with_folder(overrides: Sequence[str], folder: Path | None) -> list[str]:
+    """Overrides that say themselves where the user's own config files are (--config-dir)."""
+    return [*overrides, *(searched(folder) if folder else [])]
+
+
+def reasons(error: BaseException) -> str:
     """What Hydra and the error behind its own say, in one line."""
     told = [str(e).strip() for e in (error, error.__cause__) if e is not None]
     lines = []
@@ -111,15 +123,26 @@ def jobs(overrides: Sequence[str], folder: Path | None = None) -> list[tuple[str
     if math.prod(map(len, swept.values())) > MOST_JOBS:
         raise UsageError(f"-m: the values of {', '.join(swept)} make more than {MOST_JOBS} jobs")
     fixed = [one.input_line or "" for one in told if one.key_or_group not in swept]
+    points = list(itertools.product(*swept.values()))
+    names = [told_apart(list(swept), point) for point in points]
+    if len(set(names)) < len(names):  # values that differ in signs that no folder may have
+        names = [f"{i}-{name}" for i, name in enumerate(names)]
     return [
-        (_told(list(swept), point), [*fixed, *map("=".join, zip(swept, point, strict=True))])
-        for point in itertools.product(*swept.values())
+        (name, [*fixed, *map("=".join, zip(swept, point, strict=True))])
+        for name, point in zip(names, points, strict=True)
     ]
 
 
-def _told(keys: Sequence[str], point: Sequence[str]) -> str:
-    """What tells a job apart: its swept keys, by their last part where that is unique."""
+def told_apart(keys: Sequence[str], point: Sequence[str], most: int = 80) -> str:
+    """What tells a job apart: its swept keys, by their last part where that is unique.
+
+    most: characters, of which the last seven are a hash where there would be more.
+    """
     last = [re.split(r"[./]", key)[-1] for key in keys]
     shorts = [s if last.count(s) == 1 else key for s, key in zip(last, keys, strict=True)]
     pairs = (f"{short}={value}" for short, value in zip(shorts, point, strict=True))
-    return re.sub(r"[^A-Za-z0-9._=,+-]", "-", ",".join(pairs))
+    told = ",".join(pairs)
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "-", told)
+    if len(name) > most:
+        name = f"{name[: most - 7]}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
+    return name

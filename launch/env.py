@@ -67,6 +67,18 @@ def hub_endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "")
 
 
+def netrc_file() -> Path:
+    """Where `wandb login`, and others, keep keys by host."""
+    found = [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else []
+    found += [Path.home() / ".netrc", Path.home() / "_netrc"]
+    return next((path for path in found if path.is_file()), found[0])
+
+
+def agent_run() -> str:
+    """Id of the run that `wandb agent` has started this process for; empty without one."""
+    return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+
+
 def _refuse_lone_tasks() -> None:
     """Refuse to be one of srun's tasks: each would train alone, in one run folder."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")

@@ -1,7 +1,8 @@
 """One job on a Slurm cluster: `python -m geon.launch.slurm cluster=slurm experiment=...`.
 
 The sbatch file starts torchrun once a node; the submission folder, the program and the Python
-environment must be on a file system that all nodes see.
+environment must be on a file system that all nodes see. `launch/sweep.py` makes one file of many
+jobs, an array.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from geon.errors import UsageError
-from geon.launch.compose import compose
+from geon.launch.arguments import add_config_dir
+from geon.launch.compose import compose, with_folder
 from geon.launch.leave import guard
 from geon.launch.local import PROGRAM, SIGNALS
 from geon.launch.preflight import Start, check_jobs
@@ -37,6 +39,8 @@ set -e
 
 {setup}export OMP_NUM_THREADS={cpus_per_rank}
 
+{jobs}
+
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
@@ -47,12 +51,14 @@ warned=
 trap 'warned=1; kill -USR1 "$ranks" || true' USR1
 trap : TERM
 
-srun --ntasks-per-node=1 --cpus-per-task={cpus} --kill-on-bad-exit=1 \\
-    {python} -m torch.distributed.run \\
-    --nnodes={nodes} --nproc-per-node={ranks_per_node} --max-restarts=3 \\
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$port" \\
-    {signals}{saving} \\
-    {program} &
+nodes=(srun --ntasks-per-node=1 --cpus-per-task={cpus} --kill-on-bad-exit=1)
+torchrun=({python} -m torch.distributed.run
+    --nnodes={nodes} --nproc-per-node={ranks_per_node}
+    --rdzv-backend=c10d)
+{preflight}
+"${{nodes[@]}}" "${{torchrun[@]}}" --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$port" \\
+    --max-restarts=3 {signals}{saving} \\
+    {program} "${{words[@]}}" &
 ranks=$!
 
 # A trapped signal ends `wait`, not what it waits for; the last one tells its exit status.
@@ -67,20 +73,41 @@ exit "$status"
 """
 
 
-def render(config: "Config", overrides: Sequence[str]) -> str:
-    """The sbatch file of a job.
+_PREFLIGHT = """\
 
-    GPUs are asked for unless device=cpu. `cluster` overrides are left out of what train.py is
-    given.
+# Versions, clocks and links of all ranks, before anything is trained (scripts/check_ranks.py).
+"${{nodes[@]}}" "${{torchrun[@]}}" --rdzv-id="check-$SLURM_JOB_ID" \\
+    --rdzv-endpoint="$head:$((port + 10000))" \\
+    -m geon.scripts.check_ranks --device {device} || exit 2
+"""
+
+
+def render(
+    config: "Config",
+    jobs: Sequence[Sequence[str]],
+    preflight: bool = False,
+    at_once: int = 0,
+    array: bool = False,
+) -> str:
+    """The sbatch file of a job, or of many as one array.
+
+    GPUs are asked for unless device=cpu.
+
+    jobs: what train.py is given, for each; `cluster` overrides are left out.
+    preflight: let all ranks be compared before they train.
+    at_once: most jobs of an array that run at a time; 0 for all.
+    array: whether one job is an array too.
 
     Raises:
         UsageError: cluster=local, or a value that a directive cannot hold.
     """
     cluster = config.cluster
     check_cluster(cluster)
-    rest = job_overrides(overrides)
+    lines = _directives(config, len(jobs) if array else 0, at_once)
     return _TEMPLATE.format(
-        directives="\n".join(f"#SBATCH --{line}" for line in _directives(config)),
+        directives="\n".join(f"#SBATCH --{line}" for line in lines),
+        jobs=_words(jobs, array),
+        preflight=_PREFLIGHT.format(device=config.device) if preflight else "",
         setup=f"{cluster.setup.rstrip()}\n\n" if cluster.setup.strip() else "",
         nodes=cluster.nodes,
         ranks_per_node=cluster.ranks_per_node,
@@ -90,8 +117,17 @@ def render(config: "Config", overrides: Sequence[str]) -> str:
         warning=_WARNING,
         signals=SIGNALS,
         saving=_saving(),
-        program=shlex.join([*PROGRAM, *rest]),
+        program=shlex.join(PROGRAM),
     )
+
+
+def _words(jobs: Sequence[Sequence[str]], array: bool) -> str:
+    """Shell lines that set `words` to what train.py is given."""
+    told = [shlex.join(job_overrides(job)) for job in jobs]
+    if not array:
+        return f"words=({told[0]})"
+    cases = [f"    {i}) words=({words}) ;;" for i, words in enumerate(told)]
+    return "\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"])
 
 
 def _saving() -> str:
@@ -123,7 +159,7 @@ def check_cluster(cluster: "ClusterConfig") -> None:
     for key in ("nodes", "ranks_per_node", "cpus_per_rank"):
         if getattr(cluster, key) < 1:
             raise UsageError(f"cluster.{key} must be positive, got {getattr(cluster, key)}")
-    for key in ("partition", "account", "time"):
+    for key in ("partition", "account", "qos", "constraint", "mem", "gres", "time"):
         if re.search(r"\s", getattr(cluster, key)):
             raise UsageError(
                 f"cluster.{key} '{getattr(cluster, key)}' has a space or line break, which a "
@@ -134,13 +170,36 @@ def check_cluster(cluster: "ClusterConfig") -> None:
             f"cluster.time '{cluster.time}' is not a Slurm time limit: write minutes, "
             "hours:minutes:seconds or days-hours"
         )
+    for line in cluster.directives:
+        if (name := line.partition("=")[0]) in _OURS:
+            raise UsageError(
+                f"cluster.directives: '{line}' is set by {_OURS[name]}, and would be there twice"
+            )
 
 
-def _directives(config: "Config") -> list[str]:
+_OURS = {
+    "job-name": "name",
+    "ntasks-per-node": "the file itself: torchrun is started once a node",
+    "cpus-per-task": "cluster.cpus_per_rank",
+    "gpus-per-node": "cluster.ranks_per_node, or cluster.gres",
+    "array": "the sweep",
+    "requeue": "the file itself",
+    "open-mode": "the file itself",
+    "signal": "the file itself: the ranks save on SIGUSR1",
+    **{key: f"cluster.{key}" for key in ("nodes", "partition", "account", "qos")},
+    **{key: f"cluster.{key}" for key in ("constraint", "mem", "gres", "time")},
+}
+"""Directives that are not free, and what sets them."""
+
+
+def _directives(config: "Config", jobs: int, at_once: int) -> list[str]:
+    """Options of sbatch. jobs: of an array; 0 for none."""
     cluster = config.cluster
-    lines = [
-        f"job-name={config.name}",
-        "output=%x-%j.log",
+    lines = [f"job-name={config.name}"]
+    if jobs:
+        lines.append(f"array=0-{jobs - 1}{f'%{at_once}' if at_once else ''}")
+    lines += [
+        f"output=%x-{'%A_%a' if jobs else '%j'}.log",
         f"nodes={cluster.nodes}",
         "ntasks-per-node=1",
         f"cpus-per-task={cluster.cpus_per_rank * cluster.ranks_per_node}",
@@ -149,13 +208,12 @@ def _directives(config: "Config") -> list[str]:
         "open-mode=append",
         f"signal=B:USR1@{_WARNING}",
     ]
-    if config.device != "cpu":
+    if config.device != "cpu" and not cluster.gres:
         lines.append(f"gpus-per-node={cluster.ranks_per_node}")
-    if cluster.partition:
-        lines.append(f"partition={cluster.partition}")
-    if cluster.account:
-        lines.append(f"account={cluster.account}")
-    return lines
+    for key in ("gres", "partition", "account", "qos", "constraint", "mem"):
+        if value := getattr(cluster, key):
+            lines.append(f"{key}={value}")
+    return [*lines, *cluster.directives]
 
 
 def submit(script: str) -> int:
@@ -177,13 +235,18 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m geon.launch.slurm", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. cluster=slurm")
     parser.add_argument("--dry-run", action="store_true", help="print the file, submit nothing")
+    parser.add_argument(
+        "--preflight", action="store_true", help="compare all ranks before they train"
+    )
+    add_config_dir(parser)
     told = parser.parse_intermixed_args(arguments)
 
     def act() -> int:
-        config = compose(told.overrides, "slurm")
-        script = render(config, told.overrides)
+        words = with_folder(told.overrides, told.config_dir)
+        config = compose(words, "slurm")
+        script = render(config, [words], told.preflight)
         ranks = config.cluster.nodes * config.cluster.ranks_per_node
-        check_jobs([Start(job_overrides(told.overrides), ranks)])
+        check_jobs([Start(job_overrides(words), ranks)])
         if told.dry_run:
             print(script, end="")
             return 0

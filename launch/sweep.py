@@ -1,8 +1,9 @@
-"""A grid of jobs on this machine: `python -m geon.launch.sweep sweep=lr`.
+"""A grid of jobs: `python -m geon.launch.sweep sweep=lr`, here or as an array of Slurm's.
 
-Each is a launch of its own. A sweep may have arms: sides of a comparison with settings and values
-of their own. Jobs that have finished are skipped, so the same command resumes a sweep. A sweep of
-one's own is a file in configs/sweep.
+On this machine each is a launch of its own; with cluster=slurm one sbatch file holds all. A sweep
+may have arms: sides of a comparison with settings and values of their own. Jobs that have finished
+are skipped, so the same command resumes a sweep. A sweep of one's own is a file in configs/sweep,
+or in the folder of --config-dir.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from geon.errors import Preempted, UsageError
-from geon.launch.compose import compose
+from geon.launch import slurm
+from geon.launch.arguments import add_config_dir
+from geon.launch.compose import compose, with_folder
 from geon.launch.leave import guard
 from geon.launch.local import command
 from geon.launch.preflight import Start, check_jobs
@@ -268,10 +271,15 @@ def sweep(overrides: Sequence[str], dry_run: bool = False) -> int:
         UsageError: before any job is started.
     """
     config = compose(overrides, "sweep")
-    if config.cluster.nodes != 1:
-        raise UsageError(f"cluster.nodes must be 1 for a sweep, got {config.cluster.nodes}")
     jobs = expand(config, overrides)
     left = [job for job in jobs if job.report is None]
+    if config.cluster.name != "local":
+        return _submit(compose([*config.sweep.overrides, *overrides]), left, dry_run)
+    if config.cluster.nodes != 1:
+        raise UsageError(
+            f"cluster.nodes must be 1 for a sweep on this machine, got {config.cluster.nodes}; "
+            "cluster=slurm makes an array of its jobs"
+        )
     check_jobs([Start(job.arguments, job.ranks, job.ranks > 1) for job in left])
     for job in jobs:
         if dry_run:
@@ -291,14 +299,36 @@ def _stop(*_: object) -> NoReturn:
     raise Preempted("sweep: asked to stop; jobs under way have saved, the same command goes on")
 
 
+def _submit(config: "Config", jobs: Sequence[Job], dry_run: bool) -> int:
+    """Give jobs to Slurm as one array, or print its file; returns the exit status."""
+    if not jobs:
+        print("all jobs have finished: nothing to submit")
+        return 0
+    ranks = {job.ranks for job in jobs}
+    if len(ranks) > 1:
+        raise UsageError(
+            "cluster.ranks_per_node has several values: the jobs of an array are alike"
+        )
+    script = slurm.render(
+        config, [job.arguments for job in jobs], at_once=config.sweep.parallel_jobs, array=True
+    )
+    total = config.cluster.nodes * config.cluster.ranks_per_node
+    check_jobs([Start(job.arguments, total) for job in jobs])
+    if dry_run:
+        print(script, end="")
+        return 0
+    return slurm.submit(script)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m geon.launch.sweep", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. sweep=lr seed=1")
     parser.add_argument("--dry-run", action="store_true", help="list the jobs, run none")
+    add_config_dir(parser)
     told = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
-    return guard(lambda: sweep(told.overrides, told.dry_run))
+    return guard(lambda: sweep(with_folder(told.overrides, told.config_dir), told.dry_run))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import sys
 from geon.configs.choices import Source
 from geon.engine.checks import check, check_launched
 from geon.errors import UsageError
-from geon.launch.compose import compose
+from geon.launch.arguments import add_config_dir
+from geon.launch.compose import compose, with_folder
 from geon.launch.leave import guard
 from geon.launch.preflight import Start
 from geon.scripts.flags import whole
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. optim=muon")
     parser.add_argument("--ranks", type=whole(), default=1, help="processes over all nodes")
     parser.add_argument("--jobs", action="store_true", help="read jobs from stdin, as launchers do")
+    add_config_dir(parser)
     told = parser.parse_intermixed_args(arguments)
 
     def act() -> None:
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if told.jobs:
             found = [Start(**job) for job in json.load(sys.stdin)]
         else:
-            found = [Start(told.overrides, told.ranks)]
+            found = [Start(with_folder(told.overrides, told.config_dir), told.ranks)]
         check_all(found)
         print(f"{len(found)} of {len(found)} could start")
 

@@ -184,7 +184,7 @@ def test_config_and_help_are_printed(flag, tmp_path):
     done = run(*flag.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for group in ("model", "optim", "data", "parallel", "schedule"):
-        assert re.search(rf"^{group}:", done.stdout, re.MULTILINE), group
+        assert re.search(rf"^ *{group}[: ]", done.stdout, re.MULTILINE), group
     assert not list(tmp_path.iterdir())
 
 

@@ -7,15 +7,15 @@ import time
 import pytest
 
 from geon.errors import UsageError
-from geon.launch import slurm
+from geon.launch import slurm, sweep
 from geon.launch.compose import compose
 from tests.launch.jobs import SMALLEST
 
 bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def script_of(*told):
-    return slurm.render(compose(told), told)
+def script_of(*told, **how):
+    return slurm.render(compose(told), [told], **how)
 
 
 def stub(folder, name, text):
@@ -58,8 +58,23 @@ def test_directives_and_launch_follow_the_cluster_group():
         "--rdzv-backend=c10d",
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
     ):
-        assert word in script.split()
-    assert "train.py name=big &\n" in script
+        assert word in script.replace(")", " ").split()
+    assert "words=(name=big)" in script.splitlines()
+
+
+def test_what_a_cluster_asks_for_becomes_directives():
+    lines = script_of(
+        "cluster=slurm",
+        "cluster.qos=long",
+        "cluster.constraint='a100&nvlink'",
+        "cluster.mem=200G",
+        "cluster.gres=gpu:h100:8",
+        "cluster.directives=['mail-type=END,FAIL','exclude=n[3-5]',exclusive]",
+    ).splitlines()
+    for line in ("qos=long", "constraint=a100&nvlink", "mem=200G", "gres=gpu:h100:8",
+                 "mail-type=END,FAIL", "exclude=n[3-5]", "exclusive"):  # fmt: skip
+        assert f"#SBATCH --{line}" in lines
+    assert not [line for line in lines if "gpus-per-node" in line]
 
 
 def test_what_is_not_set_is_left_out():
@@ -75,6 +90,9 @@ def test_what_is_not_set_is_left_out():
         ([], "cluster=local"),
         (["cluster=slurm", "cluster.nodes=0"], "cluster.nodes must be positive, got 0"),
         (["cluster=slurm", "cluster.time=soon"], "cluster.time 'soon' is not a Slurm time limit"),
+        (["cluster=slurm", "cluster.directives=['time=1']"], "'time=1' is set by cluster.time"),
+        (["cluster=slurm", "cluster.directives=['--x y']"], "without their hyphens"),
+        (["cluster=slurm", "cluster.mem=lots"], "cluster.mem must be a size, such as 200G"),
         (["cluster=slurm", "cluster.partition='a b'"], "cluster.partition 'a b' has a space"),
     ],
 )
@@ -194,3 +212,53 @@ def test_the_file_trains_when_srun_runs_on_this_machine(tmp_path, monkeypatch):
     )
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "run" / "report.json").is_file()
+
+
+@bash
+def test_a_sweep_is_one_array_and_each_task_gets_its_own_words(tmp_path, monkeypatch):
+    got = tmp_path / "got"
+    stub(tmp_path, "sbatch", f"cat > {got}")
+    stub(tmp_path, "scontrol", "echo n1")
+    stub(tmp_path, "srun", "printf '%s\\n' \"$@\"")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    told = [*SMALLEST, "parallel=ddp", f"output={tmp_path}", "sweep=lr", "sweep.parallel_jobs=2"]
+    told += ["+sweep.grid={optim.lr:[0.01,0.02],seed:[0,1]}", "cluster=slurm", "name=it"]
+    done = tmp_path / "it-lr=0.01,seed=1" / "report.json"
+    done.parent.mkdir()
+    done.write_text("{}")
+    assert sweep.main([*told, "cluster.ranks_per_node=2"]) == 0
+    lines = got.read_text().splitlines()
+    assert "#SBATCH --array=0-2%2" in lines and "#SBATCH --output=%x-%A_%a.log" in lines
+    found = []
+    for task in range(3):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        monkeypatch.setenv("SLURM_JOB_ID", str(100 + task))
+        ran = subprocess.run(
+            ["bash", str(got)], text=True, capture_output=True, check=True, timeout=20
+        )
+        words = ran.stdout.splitlines()
+        assert f"--rdzv-id={100 + task}" in words and "--nproc-per-node=2" in words
+        assert not [word for word in words if word.startswith(("cluster", "sweep"))]
+        found.append([word for word in words if word.startswith(("optim.lr=", "seed=", "name="))])
+    assert [point[-3:] for point in found] == [
+        ["optim.lr=0.01", "seed=0", 'name="it-lr=0.01,seed=0"'],
+        ["optim.lr=0.02", "seed=0", 'name="it-lr=0.02,seed=0"'],
+        ["optim.lr=0.02", "seed=1", 'name="it-lr=0.02,seed=1"'],
+    ]
+
+
+@bash
+@pytest.mark.parametrize(("status", "trains"), [(0, True), (1, False)])
+def test_ranks_that_do_not_agree_train_nothing(tmp_path, monkeypatch, status, trains):
+    stub(tmp_path, "scontrol", "echo n1")
+    stub(
+        tmp_path,
+        "srun",
+        f'case "$*" in *check_ranks*) echo checked; exit {status};; *) echo trained;; esac',
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    script = script_of("cluster=slurm", preflight=True)
+    ran = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=False)
+    assert ran.stdout.split() == ["checked"] + ["trained"] * trains
+    assert ran.returncode == (0 if trains else 2)

@@ -135,10 +135,13 @@ class Stuck:
     step = starting_step = 0
 
     def __init__(self):
-        self.rows, self.given = [], {}
+        self.rows, self.given, self.axes = [], {}, {}
 
     def log(self, row, step):
         self.rows.append((step, row))
+
+    def define_metric(self, name, **options):
+        self.axes[name] = options.get("step_metric")
 
     def finish(self):
         threading.Event().wait()
