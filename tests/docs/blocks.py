@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 KINDS = {"bash", "python", "text"}
 NEEDS = {"cluster", "files", "gpu", "hours", "network"}
-PROGRAMS = "accelerate deepspeed git make pip pre-commit pytest python torchrun unzip".split()
+PROGRAMS = ["accelerate", "deepspeed", "git", "make", "pip", "pre-commit"]
+PROGRAMS += ["pytest", "python", "torchrun", "unzip"]
 
 _FENCE = re.compile(
     r"(?:^<!-- (?P<key>needs|given): (?P<value>[^\n]*?) -->\n+)?"
@@ -26,7 +27,7 @@ _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 # Bash splits the words: every program is "not found", and the handler prints what was to run.
 _LISTEN = r"""
 PATH=/nowhere
-command_not_found_handle() { printf '%s\0' "$@"; printf '\1'; }
+command_not_found_handle() { printf '\2'; printf '%s\0' "$@"; printf '\1'; }
 cd() { :; }
 """
 
@@ -78,9 +79,8 @@ def split(script, where, needs=()):
         ["/bin/bash", "--norc", "-c", _LISTEN + script], capture_output=True, text=True, timeout=20
     )
     assert not heard.stderr, f"{where}: bash says {heard.stderr}"
-    lines = heard.stdout.split("\1")
-    assert not lines[-1], f"{where}: a builtin printed {lines[-1]!r}"
-    return [Command(where, tuple(line.split("\0")[:-1]), needs) for line in lines[:-1]]
+    lines = re.findall("\2(.*?)\1", heard.stdout, re.DOTALL)  # the rest is what echo printed
+    return [Command(where, tuple(line.split("\0")[:-1]), needs) for line in lines]
 
 
 def commands(page):

@@ -7,17 +7,16 @@ import subprocess
 import sys
 import tomllib
 from contextlib import contextmanager
-from pathlib import Path
 
 from geon.configs.schema import Mode
-from geon.configs.choices import Source
 from geon.engine.checks import absent, check, count_ids
 from geon.launch.arguments import read_arguments
 from geon.launch.compose import compose, jobs
 from tests.docs.blocks import ROOT, split
 
 FACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MARKS = {mark.split("(")[0].split(":")[0] for mark in FACTS["tool"]["pytest"]["ini_options"]["markers"]}
+TARGETS = re.findall(r"^([a-z-]+):.*?## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+MARKS = {re.match(r"\w+", mark)[0] for mark in FACTS["tool"]["pytest"]["ini_options"]["markers"]}
 TORCHRUN = {"--standalone": 0, "--signals-to-handle": 1, "--max-restarts": 1, "--nproc_per_node": 1}
 TORCHRUN |= {"--nnodes": 1, "--rdzv_backend": 1, "--rdzv_endpoint": 1, "--rdzv_id": 1}
 STUDIED = ("--sweep",)
@@ -78,9 +77,12 @@ def take(command):
 
 
 def python(words, command, world=1):
-    assert words, "starts a prompt"
     first, *rest = words
-    if first == "-m":
+    if words[:2] == ["-m", "pytest"]:
+        pytest(rest[1:], command)
+    elif words[:2] == ["-m", "pip"]:
+        pip(rest[1:], command)
+    elif first == "-m" and rest[0] != "mypy":
         module(rest[0], rest[1:])
     elif first == "train.py":
         train(rest, world, command.needs)
@@ -117,7 +119,7 @@ def train(words, world, needs=()):
         config = compose(overrides, "train", told.folder)
         ranks = config.plan.world_size or world
         config.mode = Mode.plan  # so that a device which is not here may be planned for
-        if config.data.source is Source.stream and "network" in needs:
+        if {"network", "files"} & set(needs):
             continue
         corpus = count_ids(config)
         check(config, ranks, corpus=corpus or absent(config))
@@ -160,9 +162,8 @@ def make(words, command):
     given = [word.partition("=")[0] for word in words if "=" in word]
     targets = [word for word in words if "=" not in word]
     text = (ROOT / "Makefile").read_text()
-    known = re.findall(r"^([a-z-]+):.*?## ", text, re.MULTILINE)
     for target in targets:
-        assert target in known, f"make {target}: there is {', '.join(known)}"
+        assert target in TARGETS, f"make {target}: there is {', '.join(TARGETS)}"
     for variable in given:
         assert f"$({variable})" in text, f"make: no target reads {variable}"
 
@@ -172,7 +173,11 @@ def recipe(target, *settings):
     made = [f".venv/{name}" for name in ("run", "dev", "data", "baselines")]
     keep = [word for name in made for word in ("-o", name)]
     shown = subprocess.run(
-        ["make", "-n", *keep, target, *settings], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-ns", *keep, target, *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return split(shown.stdout, f"make {target}")
 
@@ -207,4 +212,5 @@ READERS = {
     "pip": pip,
     "pytest": pytest,
     **dict.fromkeys(("accelerate", "git", "pre-commit", "unzip"), anything),
+    **dict.fromkeys(("awk", "grep", "ln", "mkdir", "mypy", "rm", "ruff"), anything),
 }
