@@ -7,17 +7,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
-from geon.data import corpus as texts
 from geon.data.shards import write_bin
 from geon.engine import build
 from geon.errors import UsageError
+from geon.optim import FINISHES, MANIFOLDS, NORMS
 from geon.scripts import prepare_data
 from tests.docs import toys
-from tests.docs.blocks import KINDS, NEEDS, PAGES, ROOT, blocks, commands, loose
+from tests.docs.blocks import KINDS, NEEDS, PAGES, ROOT, blocks, commands, loose, split
 from tests.docs.commands import TARGETS, recipe, take
 
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -28,15 +30,11 @@ WRONG = (AssertionError, UsageError, SystemExit, ImportError)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_reading_of_the_library():
-    """Read Python's library once: it is most of what a plan takes."""
+def data_made_once():
+    """Read Python's library and draw glyphs once: it is most of what a plan takes."""
     with pytest.MonkeyPatch.context() as patch:
-        read = {}
-
-        def stdlib(percent):
-            return read.get(percent) or read.setdefault(percent, texts.stdlib_corpus(percent))
-
-        patch.setattr(build, "stdlib_corpus", stdlib)
+        for name in ("stdlib_corpus", "glyph_corpus"):
+            patch.setattr(build, name, cache(getattr(build, name)))
         yield
 
 
@@ -53,10 +51,10 @@ def yours(tmp_path_factory):
         rows.writelines(json.dumps({"body": line * 20}) + "\n" for line in lines)
     ids = np.arange(200_000, dtype=np.uint16) % 1000
     (folder / "dir").mkdir()
-    for split in ("train", "val"):
-        ids.tofile(folder / f"{split}.bin")
-        np.save(folder / f"{split}.npy", ids)
-        write_bin(folder / "dir" / f"some_{split}_000.bin", ids)
+    for part in ("train", "val"):
+        ids.tofile(folder / f"{part}.bin")
+        np.save(folder / f"{part}.npy", ids)
+        write_bin(folder / "dir" / f"some_{part}_000.bin", ids)
     words = ["tokenize", folder / "my_notes", "--out", folder / "shards", "--tokenizer", "bytes"]
     assert not prepare_data.main([*map(str, words), "--val-percent", "10", "--workers", "1"])
     return folder
@@ -83,16 +81,14 @@ def test_targets_of_the_makefile_could_run(target, yours, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=str)
-def test_snippets_of_python_run(block, tmp_path, monkeypatch):
+def test_snippets_of_python_run(block, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
-    for table in ("NORMS", "MANIFOLDS", "FINISHES"):  # which a page adds to
-        real = getattr(__import__("geon.optim", fromlist=[table]), table)
-        monkeypatch.setattr(f"geon.optim.{table}", real)
-        for name in real:
-            monkeypatch.setitem(real, name, real[name])
+    for registry in (NORMS, MANIFOLDS, FINISHES):  # which a page adds to
+        before = dict(registry)
+        request.addfinalizer(lambda r=registry, b=before: (r.clear(), r.update(b)))
     space = dict(vars(toys))
-    exec(block.given, space)  # noqa: S102
-    exec(compile(block.text, str(block), "exec"), space)  # noqa: S102
+    exec(block.given, space)
+    exec(compile(block.text, str(block), "exec"), space)
     if "optimizer" in space and "model" in space:
         step(space["model"], space["optimizer"])
 
@@ -101,7 +97,7 @@ def step(model, optimizer):
     """A step of what a snippet made moves every weight and leaves it finite."""
     before = [p.detach().clone() for p in model.parameters()]
     for param in model.parameters():
-        param.grad = toys.torch.randn_like(param)
+        param.grad = torch.randn_like(param)
     optimizer.step()
     for param, old in zip(model.parameters(), before, strict=True):
         assert param.isfinite().all()
@@ -147,3 +143,30 @@ def test_pages_run(page, yours, tmp_path):
         check=True,
         timeout=1500,
     )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "python train.py optim=moun",
+        "python train.py optim.lrr=0.1 parallel=single",
+        "python train.py parallel=single data.batch_tokens=1000",
+        "torchrun --standalone --nproc_per_node=3 train.py parallel=ddp",
+        "torchrun --standalone --nproc=3 train.py parallel=ddp",
+        "python -m geon.scripts.generate runs/x --promt 'def '",
+        "python -m geon.scripts.certificate runs/x",
+        "python -m geon.studies.leaderboard --sweep nothing",
+        "python -m geon.benches.train optim.lrr=1",
+        "make dmeo",
+        "make demo RNAKS=2",
+        "pip install -e '.[dat]'",
+        "pytest -m slwo",
+        "pytest tests/nothing.py",
+        "pyhton train.py",
+    ],
+)
+def test_wrong_commands_are_found(wrong, yours, monkeypatch):
+    monkeypatch.chdir(yours)
+    (command,) = split(wrong, "here")
+    with pytest.raises(WRONG):
+        take(command)
