@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 KINDS = {"bash", "python", "text"}
 NEEDS = {"cluster", "files", "gpu", "hours", "network"}
-PROGRAMS = ["accelerate", "deepspeed", "git", "make", "pip", "pre-commit"]
+PROGRAMS = ["accelerate", "deepspeed", "geon", "git", "make", "pip", "pre-commit"]
 PROGRAMS += ["pytest", "python", "torchrun", "unzip"]
 
 _FENCE = re.compile(

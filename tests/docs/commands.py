@@ -82,6 +82,8 @@ def python(words, command, world=1):
         pytest(rest[1:], command)
     elif words[:2] == ["-m", "pip"]:
         pip(rest[1:], command)
+    elif words[:2] == ["-m", "geon"]:
+        geon(rest[1:], command)
     elif first == "-m" and rest[0] != "mypy":
         module(rest[0], rest[1:])
     elif first == "train.py":
@@ -89,6 +91,15 @@ def python(words, command, world=1):
     else:
         assert (ROOT / first).is_file(), f"no file {first}"
         module("geon." + first.removesuffix(".py").replace("/", "."), rest)
+
+
+def geon(words, command):
+    """The command of an installed package."""
+    name, rest = importlib.import_module("geon.__main__").module_of(list(words))
+    if name == "geon.train":
+        train(rest, 1, command.needs)
+    else:
+        module(name, rest)
 
 
 def torchrun(words, command):
@@ -186,7 +197,7 @@ def pip(words, command):
     if words[0] == "download":
         return
     assert words[0] == "install", words
-    for extras in re.findall(r"\.\[(.*?)\]", " ".join(words)):
+    for extras in re.findall(r"(?:\.|geon)\[(.*?)\]", " ".join(words)):
         known = FACTS["project"]["optional-dependencies"]
         assert set(extras.split(",")) <= set(known), f"pip: extras are {', '.join(known)}"
 
@@ -208,6 +219,7 @@ READERS = {
     "python": python,
     "torchrun": torchrun,
     "deepspeed": deepspeed,
+    "geon": geon,
     "make": make,
     "pip": pip,
     "pytest": pytest,
