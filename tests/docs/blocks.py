@@ -29,6 +29,7 @@ _LISTEN = r"""
 PATH=/nowhere
 command_not_found_handle() { printf '\2'; printf '%s\0' "$@"; printf '\1'; }
 cd() { :; }
+source() { :; }
 """
 
 
