@@ -95,11 +95,15 @@ def commands(page):
     return found + spans(page)
 
 
+def quoted(page):
+    """What stands between backticks in the lines of a page."""
+    return [" ".join(s.split()) for s in _SPAN.findall(_FENCE.sub("", page.read_text("utf-8")))]
+
+
 def spans(page):
-    prose = _FENCE.sub("", page.read_text("utf-8"))
+    """Commands among what is quoted."""
     found = []
-    for span in _SPAN.findall(prose):
-        words = " ".join(span.split())
+    for words in quoted(page):
         if words.split()[0] in PROGRAMS and " " in words and "..." not in words:
             found += split(words, page.relative_to(ROOT).as_posix())
     return found
