@@ -307,9 +307,8 @@ def copied_bytes(model: LanguageModel, size: int, compiled: bool, checkpointed: 
         return 0
     inner = [info for info in model.infos if info.name.startswith("blocks.")]
     matrices = sum(info.numel for info in inner if len(info.shape) > 1)
-    if getattr(
-        model.shape, "gains", False
-    ):  # weights times rows, then times columns; not in autocast's cache
+    # Weights times rows, then times columns; they are not in autocast's cache.
+    if getattr(model.shape, "gains", False):
         return 0 if checkpointed else matrices * (FP32 + size)
     return sum(info.numel for info in inner) * size if size < FP32 else 0
 

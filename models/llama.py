@@ -16,9 +16,10 @@ from geon.errors import UsageError
 from geon.models.base import LanguageModel, declare, normal
 from geon.models.cache import BlockCache, Cache
 from geon.models.described import matrix, network, table
+from geon.models.grouped import Attention
 from geon.models.hf import HFMap
 from geon.models.kept import FP32, Pass
-from geon.models.layers import Norm, attend, block_plan, lowered, rotate
+from geon.models.layers import Norm, block_plan, lowered
 from geon.models.rope import SCALINGS, slowed, turning_table
 from geon.models.shapes import Shape
 from geon.models.tensor import SummedGains
@@ -137,49 +138,17 @@ class LlamaShape(Shape):
         """Width of the MLP."""
         return self.d_ff or -(-8 * self.d_model // 96) * 32
 
+    def attention(self) -> Attention:
+        """The attention of a block."""
+        qk_eps = self.norm_eps if self.qk_norm else None
+        return Attention(self.d_model, self.n_head, self.kv_heads, self.head_dim, qk_eps)
+
     @property
     def frequencies(self) -> tuple[float, ...]:
         """Radians a token of the pairs of a head."""
         waves = self.rope_low, self.rope_high, self.rope_original
         found = (self.rope_base ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2))
         return tuple(slowed(f, self.rope_scaling, self.rope_factor, *waves) for f in found)
-
-
-class Queries(nn.Module):
-    """The q, k and v projections, of which k and v may have fewer heads."""
-
-    def __init__(self, shape: LlamaShape) -> None:
-        super().__init__()
-        d, own = shape.d_model, shape.kv_heads * shape.head_dim
-        self.q = nn.Linear(d, shape.n_head * shape.head_dim, bias=False)
-        self.k, self.v = (nn.Linear(d, own, bias=False) for _ in range(2))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) -> three of (B, T, heads K)."""
-        return self.q(x), self.k(x), self.v(x)
-
-
-class Attention(nn.Module):
-    """Attention of grouped queries with rotary positions."""
-
-    def __init__(self, shape: LlamaShape) -> None:
-        super().__init__()
-        self.head_dim = shape.head_dim
-        self.proj_in = Queries(shape)
-        self.proj_out = nn.Linear(shape.n_head * shape.head_dim, shape.d_model, bias=False)
-        self.qk_norm = shape.qk_norm
-        if shape.qk_norm:
-            self.q_norm, self.k_norm = (Norm(shape.head_dim, shape.norm_eps) for _ in range(2))
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: BlockCache | None = None
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj_in(x))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.proj_out((past.attend if past else attend)(q, k, v))
 
 
 class Block(nn.Module):
@@ -189,7 +158,7 @@ class Block(nn.Module):
         super().__init__()
         d, width = shape.d_model, shape.mlp_width
         self.norm1, self.norm2 = (Norm(d, shape.norm_eps) for _ in range(2))
-        self.attention = Attention(shape)
+        self.attention = shape.attention()
         self.gate, self.up = (nn.Linear(d, width, bias=False) for _ in range(2))
         self.down = nn.Linear(width, d, bias=False)
 

@@ -21,7 +21,6 @@ from geon.models.llama import (
     KEYS,
     OUTSIDE,
     ROLES,
-    Attention,
     Llama,
     LlamaShape,
     llama_config,
@@ -106,7 +105,7 @@ class Block(nn.Module):
         super().__init__()
         self.top_k = shape.top_k
         self.norm1, self.norm2 = (Norm(shape.d_model, shape.norm_eps) for _ in range(2))
-        self.attention = Attention(shape)
+        self.attention = shape.attention()
         self.router = nn.Linear(shape.d_model, shape.n_expert, bias=False)
         self.experts = Experts(shape)
 
