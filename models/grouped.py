@@ -19,7 +19,7 @@ class Queries(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
 
-class Attention(nn.Module):
+class GroupedAttention(nn.Module):
     """Attention of grouped queries with rotary positions.
 
     qk_eps: of an RMSNorm of each head's queries and keys, whose gains all heads share; None has no

@@ -16,7 +16,7 @@ from geon.errors import UsageError
 from geon.models.base import LanguageModel, declare, normal
 from geon.models.cache import BlockCache, Cache
 from geon.models.described import matrix, network, table
-from geon.models.grouped import Attention
+from geon.models.grouped import GroupedAttention
 from geon.models.hf import HFMap
 from geon.models.kept import FP32, Pass
 from geon.models.layers import Norm, block_plan, lowered
@@ -24,9 +24,7 @@ from geon.models.rope import SCALINGS, slowed, turning_table
 from geon.models.shapes import Shape
 from geon.models.tensor import SummedGains
 from geon.optim.modular import (
-    Attention as Attends,
-)
-from geon.optim.modular import (
+    Attention,
     Contraction,
     Gain,
     Join,
@@ -138,10 +136,10 @@ class LlamaShape(Shape):
         """Width of the MLP."""
         return self.d_ff or -(-8 * self.d_model // 96) * 32
 
-    def attention(self) -> Attention:
+    def attention(self) -> GroupedAttention:
         """The attention of a block."""
         qk_eps = self.norm_eps if self.qk_norm else None
-        return Attention(self.d_model, self.n_head, self.kv_heads, self.head_dim, qk_eps)
+        return GroupedAttention(self.d_model, self.n_head, self.kv_heads, self.head_dim, qk_eps)
 
     @property
     def frequencies(self) -> tuple[float, ...]:
@@ -271,7 +269,7 @@ class Llama(LanguageModel):
         for part, d_out, bonds in sizes:
             layer = matrix(f"{path}.proj_in.{part}", s.d_model, d_out)
             read.append(Series((*layer.nodes, *bonds), layer.name))
-        heads = Attends(s.n_head, s.head_dim, s.head_dim**-0.5)
+        heads = Attention(s.n_head, s.head_dim, s.head_dim**-0.5)
         out = matrix(f"{path}.proj_out", width, s.d_model)
         return Series((Join(tuple(read), heads, f"{path}.heads"), out), path)
 
