@@ -1,7 +1,4 @@
-"""Llama (Touvron et al., arXiv 2302.13971): RMSNorm with gains, RoPE, SwiGLU, grouped queries.
-
-With qk_norm and d_head it is Qwen3.
-"""
+"""Llama (arXiv 2302.13971): RMSNorm with gains, RoPE, SwiGLU, grouped queries; and Qwen3."""
 
 import math
 from collections.abc import Sequence
@@ -53,8 +50,7 @@ class LlamaShape(Shape):
         d_head: width of a head; 0 takes d_model / n_head.
         qk_norm: RMSNorm of each head's queries and keys, with gains that all heads share.
         norm_eps: added to the mean square in every norm.
-        rope_scaling: none, linear or llama3; models/rope.py says what it does, and to what the four
-            below belong.
+        rope_scaling: none, linear or llama3, by the four numbers below; see models/rope.py.
         rope_factor: how much longer the context becomes.
         rope_low: waves in the old context below which a frequency is divided by rope_factor.
         rope_high: waves above which it stays.
