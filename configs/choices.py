@@ -1,6 +1,7 @@
 """The words that a config key may take, where they are few."""
 
 from enum import Enum
+from pathlib import Path
 
 
 class Mode(Enum):
@@ -30,15 +31,17 @@ class Task(Enum):
     """The class of an image."""
 
 
-class Arch(Enum):
-    """Architecture (models/)."""
+def _architectures() -> list[str]:
+    """Architectures that a file of configs/model is of."""
+    found = set()
+    for file in (Path(__file__).resolve().parent / "model").glob("*.yaml"):
+        lines = file.read_text("utf-8").splitlines()
+        found |= {line.split()[1] for line in lines if line.startswith("arch: ")}
+    return sorted(found)
 
-    gpt = "gpt"
-    gpt2 = "gpt2"
-    gpt_track3 = "gpt_track3"
-    mlp = "mlp"
-    vit = "vit"
-    conv = "conv"
+
+Arch = Enum("Arch", {name: name for name in _architectures()})  # type: ignore[misc]
+"""Architecture (models/): what the files of configs/model name."""
 
 
 class Residual(Enum):

@@ -8,8 +8,8 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
+from geon.configs.asked import Facts, facts
 from geon.configs.choices import (
-    Arch,
     Layouts,
     Mode,
     Policy,
@@ -76,16 +76,21 @@ def _any_rule(test: Callable[[RuleConfig], bool]) -> Callable[[Config], bool]:
 
 def _has_members(config: Config, place: str) -> bool:
     """Whether the model has parameters of a role; the globs of overrides are read in any case."""
-    model = config.model
-    tied = model.arch is Arch.gpt2 or model.tied
-    vectors = model.arch is not Arch.gpt or model.gains
-    own = not model.tied  # gpt2's positions are an embedding, whatever its head
-    if config.task is Task.image:
-        return place not in ("optim.tied", "optim.rest") and (
-            place != "optim.embedding" or model.arch is Arch.vit
-        )
-    roles = {"embedding": own, "head": not tied, "tied": tied, "rest": vectors}
-    return roles.get(place.removeprefix("optim."), True)
+    found, role = facts(config.model), place.removeprefix("optim.")
+    if found is None or role not in ("embedding", "head", "tied", "rest"):
+        return True
+    if role == "rest":
+        return bool(found.roles - {"embedding", "head", "tied", "hidden"})
+    return role in found.roles
+
+
+def _model(test: Callable[[Facts], bool]) -> Callable[[Config], bool]:
+    """A condition of the model; one that cannot be made is refused later, with its reason."""
+    return lambda c: (found := facts(c.model)) is None or test(found)
+
+
+def _has(word: str) -> Callable[[Config], bool]:
+    return _model(lambda found: word in found.fields)
 
 
 def _globs(config: Config) -> bool:
@@ -158,17 +163,19 @@ WHEN = (
     *(When(f"model.{word}", "task=text", lambda c: c.task is Task.text)
       for word in ("context", "softcap", "fused_qkv", "zero_init_proj", "mup")),
     *(When(f"model.{word}", "a model with attention: not model=mlp or conv",
-           lambda c: c.model.arch not in (Arch.mlp, Arch.conv))
-      for word in ("n_head", "head_dim", "mlp_ratio")),
+           _model(lambda found: found.attends))
+      for word in ("n_head", "head_dim")),
+    When("model.mlp_ratio", "a model whose MLP has two matrices, as model=gpt", _has("mlp_ratio")),
     When("parallel.activation_checkpointing", "a model with blocks: not model=mlp or conv",
-         lambda c: c.model.arch not in (Arch.mlp, Arch.conv)),
+         _model(lambda found: found.blocks)),
     When("model.base_width", "model.mup=true", lambda c: c.model.mup),
-    When("model.init_from", "model=gpt or gpt2", lambda c: c.model.arch in (Arch.gpt, Arch.gpt2)),
+    When("model.init_from", "a model that transformers has, as model=gpt or gpt2",
+         _model(lambda found: found.stored)),
     When("model.zero_init_proj", "weights that are drawn: not model.init_from",
          lambda c: not c.model.init_from),
     When("optim.*.init", "weights that are drawn: not model.init_from",
          lambda c: not c.model.init_from),
-    *(When(f"model.{word}", "model=gpt", lambda c: c.model.arch is Arch.gpt)
+    *(When(f"model.{word}", "an architecture that has it, as model=gpt", _has(word))
       for word in ("rope_base", "tied", "activation_scale", "gains", "residual", "norm")),
     When("parallel.replicas", "parallel=hsdp", _layout(Layouts.hsdp)),
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),

@@ -86,6 +86,7 @@ RANGES: dict[str, Test] = {
     "model.activation_scale": positive(100),
     "model.base_width": positive(2**17),
     "model.head_dim": not_negative(2**17),
+    "model.options": ANY,
     "model.init_from": line(4096),
     "optim.name": line(128, empty=False),
     "optim.lr": not_negative(1e30),

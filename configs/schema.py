@@ -34,7 +34,7 @@ from geon.configs.recipes import RuleConfig as RuleConfig
 
 @dataclass
 class ModelConfig:
-    """Sizes and options; see models/base.py."""
+    """Sizes and options; see models/shapes.py."""
 
     arch: Arch = MISSING
     n_layer: int = MISSING
@@ -47,14 +47,12 @@ class ModelConfig:
     the number where that is 0."""
     mlp_ratio: int = 4
     softcap: float = 0.0
-    """Bound of the logits z: softcap * tanh(z / softcap); gpt_track3: softcap * z / sqrt(z^2 +
-    softcap^2). 0 leaves them."""
+    """Bound c of the logits z: c tanh(z / c); gpt_track3: c z / sqrt(z^2 + c^2). 0 leaves them."""
     fused_qkv: bool = False
     zero_init_proj: bool = False
     rope_base: float = 10000.0
     tied: bool = False
-    """gpt: the embedding is the head as well, and enters the residual stream unnormalised (records
-    3 to 7 of the NanoGPT speedrun)."""
+    """The embedding is the head as well; in gpt it then enters the residual stream unnormalised."""
     activation_scale: float = 1.0
     """gpt: factor on the squared ReLU; 2 keeps variances (Scion)."""
     gains: bool = False
@@ -70,8 +68,10 @@ class ModelConfig:
     """Width at which mup changes nothing: where the rate was tuned."""
     head_dim: int = 0
     """When set, n_head = d_model / head_dim, so that a sweep of widths keeps it."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of one architecture alone: its file in configs/model lists them, models/ explains them."""
     init_from: str = ""
-    """gpt, gpt2: folder of transformers whose weights a run begins with; empty draws them."""
+    """Of models that transformers has: folder of weights that a run begins with; empty draws."""
 
 
 @dataclass

@@ -38,7 +38,7 @@ from geon.engine.parallel import Parallel, mesh_shape
 from geon.engine.pretrained import Pretrained
 from geon.engine.sharding import make_sharding
 from geon.errors import UsageError
-from geon.models import ARCHITECTURES, LanguageModel, ModelShape
+from geon.models import ARCHITECTURES, LanguageModel, Shape, shape_of
 from geon.optim import (
     Block,
     EntryRule,
@@ -107,15 +107,20 @@ def make_corpus(config: DataConfig, seed: int, codec: str | None = None) -> Corp
     return corpus
 
 
-_NOT_OF_SHAPE = ("arch", "head_dim", "init_from")
+def make_shape(config: ModelConfig) -> Shape:
+    """The sizes and options of an architecture.
+
+    Raises:
+        UsageError: names the key.
+    """
+    return shape_of({key: getattr(v, "value", v) for key, v in asdict(config).items()})
 
 
 def make_model(config: ModelConfig) -> LanguageModel:
     """Build the architecture on the meta device: shapes and roles, no memory."""
-    known = asdict(config).items()
-    fields = {k: getattr(v, "value", v) for k, v in known if k not in _NOT_OF_SHAPE}
+    shape = make_shape(config)
     with torch.device("meta"):
-        return ARCHITECTURES[config.arch.value](ModelShape(**fields))
+        return ARCHITECTURES[shape.arch](shape)
 
 
 def make_routing(model: LanguageModel, config: OptimConfig, half: bool = False) -> Routing:

@@ -7,7 +7,6 @@ Nothing here writes: see writing.py.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from geon.engine.integrity import COMMIT, FOLDER, Refused
 from geon.engine.parallel import Parallel
 from geon.engine.reading import TensorReader
 from geon.errors import UsageError
-from geon.models import ARCHITECTURES, LanguageModel, ModelShape
+from geon.models import ARCHITECTURES, LanguageModel
 from geon.optim import HybridOptimizer
 from geon.optim.rounding import DRAWS
 
@@ -157,17 +156,13 @@ def check_same_model(checkpoint: Path, facts: Mapping[str, Any], own: Mapping[st
     Raises:
         UsageError: names the first field that differs, with both values.
     """
-    saved = _defaults() | facts["model"]
+    saved = ARCHITECTURES[own["arch"]].shape_type.defaults() | facts["model"]
     for key in own:
         if saved.get(key) != own[key]:
             raise UsageError(
                 f"'{checkpoint}' is of another model: model.{key} is {saved.get(key)} there and "
                 f"{own[key]} here; set it alike, or checkpoint.resume=never"
             )
-
-
-def _defaults() -> dict[str, Any]:
-    return {f.name: f.default for f in fields(ModelShape) if f.default is not MISSING}
 
 
 def model_of(checkpoint: Path, facts: Mapping[str, Any]) -> LanguageModel:
@@ -183,7 +178,8 @@ def model_of(checkpoint: Path, facts: Mapping[str, Any]) -> LanguageModel:
         if shape.get("n_layer", 0) > tensors or max(numbers, default=0) > 2**40:
             raise ValueError(f"more layers than its {tensors} tensors make, or sizes beyond 2^40")
         with torch.device("meta"):
-            return ARCHITECTURES[arch](ModelShape(**shape))
+            kind = ARCHITECTURES[arch]
+            return kind(kind.shape_type.of(shape))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UsageError(f"'{checkpoint}' describes no model of this version: {reason}") from None

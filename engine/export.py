@@ -33,7 +33,7 @@ def export(saved: Saved, out: Path) -> list[str]:
         UsageError: a model that transformers has not, names the key; `out` is there already; no
             transformers; logits or ids that do not agree.
     """
-    config = hf.config(saved.model.arch, saved.model.shape)
+    config = hf.map_of(saved.model).config(saved.model.shape)
     model = folded(saved.model)
     if out.exists():
         raise UsageError(f"--out '{out}' is there already; name a new folder")
@@ -74,7 +74,7 @@ def _transformers(what: str) -> Any:
 def _write_model(
     model: LanguageModel, config: Mapping[str, Any], codec: Codec | None, folder: Path
 ) -> None:
-    name = hf.CLASSES[model.arch]
+    name, _ = hf.map_of(model).kind(model.shape)
     made = _transformers(name).config_class(
         **config,
         architectures=[name],

@@ -18,6 +18,7 @@ from geon.engine.parallel import Parallel, mesh_shape, planned_layouts
 from geon.engine.scratch import FP32, scratch_bytes
 from geon.launch.env import Env
 from geon.models import LanguageModel
+from geon.models.kept import Pass
 from geon.models.layers import composes
 from geon.models.loss import block_rows
 from geon.optim.routing import Routing
@@ -96,15 +97,12 @@ class _Case:
 
     Attributes:
         size: bytes of a number in the model's arithmetic.
-        wide: bytes of a number that an RMSNorm keeps: its input. torch's fused norm on a GPU keeps
-            it as it is, and so do compiled ones; on a CPU the eager one keeps an fp32 copy.
         tensor: ranks of tensor parallelism.
         alone: whether the weights are whole, and autocast makes copies of them.
     """
 
     model: LanguageModel
     size: int
-    wide: int
     tensor: int
     compiled: bool
     checkpointed: bool
@@ -144,7 +142,6 @@ def predict(
     case = _Case(
         model,
         size,
-        FP32 if eager_cpu else size,
         tensor,
         parallel.compiles,
         config.parallel.activation_checkpointing,
@@ -176,12 +173,11 @@ def predict(
     root, unit = _units(model, tensor)
     gathered = (root + 2 * unit) * size if sharded else 0  # the one in use, and its neighbour
     composed = composes(kind, torch.bfloat16 if case.half else torch.float32, context)
-    # Norms with gains keep, where they are not fused, their output before the gains.
-    gained = 2 * tokens * model.shape.d_model * FP32 * (eager_cpu and model.arch == "gpt_track3")
-    block = gained + block_bytes(model, tokens, size, case.wide, tensor, composed)
+    at = Pass(tokens, context, size, FP32 if eager_cpu else size, tensor, composed, eager_cpu)
+    block = model.block_bytes(at)
     layers = model.shape.n_layer
     blocks = layers * (tokens * model.shape.d_model * size if case.checkpointed else block)
-    outer = gained + outer_bytes(model, tokens, size, case.wide)
+    outer = model.outer_bytes(at)
     copies = copied_bytes(model, size, case.compiled, case.checkpointed) * case.alone // tensor
     again = block if case.checkpointed else 0
     work, found, head = _backward(case, tokens)
@@ -301,46 +297,6 @@ def held_bytes(
     return {"weights": own, "gradients": own, "optimizer state": states[rank]}
 
 
-def block_bytes(
-    model: LanguageModel, tokens: int, size: int, wide: int, tensor: int = 1, composed: bool = False
-) -> int:
-    """Bytes that one block keeps for the backward pass, weights apart; eager and compiled alike.
-
-    The compiler's partitioner recomputes products with rotary tables and sums of the residual
-    stream, as autograd's formulas do not need them either; it keeps all inputs of matrix products,
-    because they must exist in the backward pass.
-
-    size, wide: see _Case. Both norms keep input and output, the latter as input of a product.
-    composed: see models/layers.py.
-    """
-    s = model.shape
-    d, own, heads = s.d_model, s.d_model // tensor, s.n_head // tensor
-    # Norms' inputs and outputs; q, k, v and what attention gives; the MLP before and after its
-    # non-linearity.
-    normed = s.norm == "rms"
-    kept = 2 * d * (size if model.arch == "gpt2" else wide) * normed + 2 * d * size
-    kept += 4 * own * size + 2 * s.mlp_ratio * own * size
-    # Of attention by head: its odds, or their log-sum-exp. By token a norm's factor, and a mean.
-    kept += heads * (s.context * size if composed else FP32)
-    kept += 2 * FP32 * (2 if model.arch == "gpt2" else 1) * normed
-    if model.arch != "gpt2" and normed:  # q and k go through norms of their own
-        kept += 2 * own * wide + 2 * FP32 * heads
-        # v keeps the fused product alive, and those norms' inputs where they are parts of it
-        if s.fused_qkv and not composed and (model.arch == "gpt" or wide > size):
-            kept += 2 * own * size
-    return tokens * kept
-
-
-def outer_bytes(model: LanguageModel, tokens: int, size: int, wide: int) -> int:
-    """Bytes kept outside of the blocks: inputs of the outer norms, gradient of the head's input."""
-    d = model.shape.d_model
-    if model.shape.norm == "none":
-        return tokens * d * size
-    if model.arch != "gpt2":
-        return tokens * (2 * (d * wide + FP32) + d * size)
-    return tokens * (2 * d * size + 2 * FP32)
-
-
 def copied_bytes(model: LanguageModel, size: int, compiled: bool, checkpointed: bool) -> int:
     """Bytes of copies of the blocks' weights: of autocast, in bf16, and of products with gains.
 
@@ -351,7 +307,8 @@ def copied_bytes(model: LanguageModel, size: int, compiled: bool, checkpointed: 
         return 0
     inner = [info for info in model.infos if info.name.startswith("blocks.")]
     matrices = sum(info.numel for info in inner if len(info.shape) > 1)
-    if model.shape.gains:  # weights times rows, then times columns; not in autocast's cache
+    # Weights times rows, then times columns; they are not in autocast's cache.
+    if getattr(model.shape, "gains", False):
         return 0 if checkpointed else matrices * (FP32 + size)
     return sum(info.numel for info in inner) * size if size < FP32 else 0
 
@@ -388,7 +345,7 @@ def _backward(case: _Case, tokens: int) -> tuple[int, int, int]:
     matrix = s.vocab_size * s.d_model * FP32
     # Of the MLP's non-linearity, outside and inside, one of which replaces what was kept of it;
     # with the residual stream's before and after.
-    flow = tokens * (s.mlp_ratio // case.tensor + 2) * s.d_model * case.size
+    flow = tokens * (case.model.flow_width // case.tensor + 2 * s.d_model) * case.size
     # What the loss has saved, times the gradient of the loss; the input's as well.
     saved = matrix if not case.compiled and case.alone else matrix * case.size // FP32
     return flow, matrix, saved + matrix + tokens * s.d_model * case.size

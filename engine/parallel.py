@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +16,8 @@ from geon.engine.devices import arithmetic, pick_device, share_gpus
 from geon.engine.rendezvous import join
 from geon.errors import UsageError
 from geon.launch.env import Env
-from geon.models import LanguageModel
+from geon.models import LanguageModel, shape_of
+from geon.models.tensor import SummedGains
 from geon.optim import HybridOptimizer, ParamInfo, Role
 from geon.optim.shard import Flat, Grid, Layout
 
@@ -63,21 +64,9 @@ def check_layout(config: ParallelConfig, model: ModelConfig, world: int) -> None
         UsageError: names the keys.
     """
     tensor = mesh_shape(config, world).get("tensor", 1)
-    if tensor > 1 and model.fused_qkv:
-        raise UsageError(
-            f"model.fused_qkv=true with {tensor} tensor ranks: a cut of the fused weight is not "
-            "whole heads of q, k and v; set model.fused_qkv=false"
-        )
-    if tensor > 1 and model.gains:
-        raise UsageError(
-            f"model.gains=true with {tensor} tensor ranks: torch's styles cut every vector of a "
-            "layer by its outputs, but `cols` belongs to its inputs; set model.gains=false"
-        )
-    if tensor > 1 and model.n_head % tensor:
-        raise UsageError(
-            f"model.n_head {model.n_head} does not divide over {tensor} tensor ranks "
-            "(parallel.tensor, or all ranks under parallel=tp)"
-        )
+    if tensor > 1:
+        keys = {key: getattr(value, "value", value) for key, value in asdict(model).items()}
+        shape_of(keys).check_tensor(tensor)
 
 
 def _long_side_cut(shape: Sequence[int], cut: int, ranks: int) -> bool:
@@ -140,7 +129,7 @@ def _tensor_axis(info: ParamInfo, styles: Mapping[str, Any]) -> int | None:
     """Axis that tensor parallelism cuts of a parameter, if any."""
     module, leaf = info.name.rsplit(".", 1)
     style = next((s for pattern, s in styles.items() if fnmatchcase(module, pattern)), None)
-    if style is None:
+    if style is None or isinstance(style, SummedGains):
         return None
     by_rows = type(style).__name__ == "ColwiseParallel"
     if leaf == "bias":

@@ -13,8 +13,6 @@ from geon.models import LanguageModel, hf
 from geon.optim import ParamInfo, Role
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TYPES = {"gpt": "nanochat", "gpt2": "gpt2"}
-"""`model_type` of a config by our architecture."""
 
 
 class Pretrained:
@@ -55,8 +53,9 @@ class Pretrained:
             raise UsageError(f"no such folder (looked in {Path.cwd()})")
         if not (self._home / "config.json").is_file():
             raise UsageError("the folder holds no config.json")
-        arch = self._model.arch
-        hf.config(arch, self._shape)
+        arch, found = self._model.arch, hf.map_of(self._model)
+        found.config(self._shape)  # refuses what transformers has not
+        wanted = found.kind(self._shape)[1]
         try:
             import safetensors  # noqa: F401
             from transformers import AutoConfig
@@ -64,15 +63,15 @@ class Pretrained:
             raise UsageError("reading it needs transformers: pip install 'geon[hf]'") from None
         try:
             kind = json.loads((self._home / "config.json").read_text("utf-8")).get("model_type")
-            if kind != _TYPES[arch]:
-                raise UsageError(f"it is of type {kind}, and model={arch} takes {_TYPES[arch]}")
+            if kind != wanted:
+                raise UsageError(f"it is of type {kind}, and model={arch} takes {wanted}")
             given: Any = AutoConfig.from_pretrained(self._home, local_files_only=True)
         except UsageError:
             raise
         except Exception as error:  # whatever transformers makes of another file
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"its config.json cannot be read: {reason}") from None
-        hf.check_config(arch, self._shape, given)
+        hf.check_config(self._model, given)
 
     def _find(self) -> dict[str, Path]:
         """File of each weight by its name."""
@@ -101,10 +100,10 @@ class Pretrained:
         shape, name = self._shape, info.name
         if info.role is Role.GAIN and name.endswith((".rows", ".cols")):
             return torch.ones(info.shape)
-        weight = hf.imported(self._model.arch, name, get)
+        weight = hf.imported(self._model, name, get)
         if name.endswith("down.weight"):
-            weight = weight / shape.activation_scale
-        last = ("head.",) if self._model.arch == "gpt" else ("norm.",)
+            weight = weight / getattr(shape, "activation_scale", 1.0)
+        last = "head." if hasattr(self._model, "head") else "norm."
         return weight / shape.shrink if name.startswith(last) else weight
 
     def _named(self, name: str) -> str:

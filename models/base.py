@@ -1,108 +1,51 @@
 """What every architecture offers the recipe: roles, units to shard, costs, and its initial draw."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from geon.errors import UsageError
 from geon.models.cache import Cache
+from geon.models.kept import Pass
 from geon.models.loss import linear_cross_entropy
+from geon.models.shapes import Shape
 from geon.optim.modular import Network
 from geon.optim.roles import ParamInfo, Role
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes and options of a decoder; every architecture reads the same fields.
-
-    Attributes:
-        vocab_size: number of token ids.
-        context: longest sequence, tokens.
-        n_layer: blocks.
-        n_head: attention heads; divides d_model.
-        d_model: width.
-        mlp_ratio: hidden width of the MLP over d_model.
-        softcap: bound of the logits, in the architecture's form; 0 leaves them.
-        fused_qkv: one projection for q, k and v, with its splits declared.
-        zero_init_proj: start output projections and head at zero.
-        rope_base: base of the rotary frequencies.
-        tied: the embedding is the head as well, and enters the residual stream unnormalised.
-        activation_scale: factor on the squared ReLU.
-        gains: each hidden matrix is diag(rows) W diag(cols) with learnt rows and cols.
-        residual: plain adds branches to the stream; scaled takes the mean of the stream and a
-            branch, with a share of 1 / (2 n_layer) for the branch.
-        norm: rms, or none: no norm anywhere, and products of queries and keys over head_dim.
-        mup: maximal update parametrisation for AdamW: initial draw, rate and logit scales by role.
-        base_width: width at which mup changes nothing.
-    """
-
-    vocab_size: int
-    context: int
-    n_layer: int
-    n_head: int
-    d_model: int
-    mlp_ratio: int = 4
-    softcap: float = 0.0
-    fused_qkv: bool = False
-    zero_init_proj: bool = False
-    rope_base: float = 10000.0
-    tied: bool = False
-    activation_scale: float = 1.0
-    gains: bool = False
-    residual: str = "plain"
-    norm: str = "rms"
-    mup: bool = False
-    base_width: int = 64
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "context", "n_layer", "n_head", "d_model", "mlp_ratio")
-        for field in (*sizes, "base_width"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"model.{field} must be positive, got {getattr(self, field)}")
-        if self.d_model % self.n_head:
-            raise UsageError(
-                f"model.d_model {self.d_model} does not divide into model.n_head {self.n_head}"
-            )
-        if self.head_dim % 2:
-            raise UsageError(
-                f"model.d_model / model.n_head = {self.head_dim}: rotary positions need it even"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.d_model // self.n_head
-
-    @property
-    def share(self) -> float | None:
-        """Share of a branch in the stream after it; None where branches are added."""
-        return 1.0 / (2 * self.n_layer) if self.residual == "scaled" else None
-
-    @property
-    def shrink(self) -> float:
-        """What muP multiplies logits and the rates of hidden matrices by: base_width / d_model."""
-        return self.base_width / self.d_model if self.mup else 1.0
+if TYPE_CHECKING:
+    from geon.models.hf import HFMap
 
 
 class LanguageModel(nn.Module, ABC):
     """A causal language model: tokens (batch, time) -> logits (batch, time, vocab), or a loss."""
 
-    arch: ClassVar[str]
-    """Key in configs; FSDP2 renames the class, so this is what a checkpoint knows it by."""
+    shape_type: ClassVar[type[Shape]]
+    """Its sizes and options, whose `arch` is its name."""
 
     rational_cap: ClassVar[bool] = False
     """Whether the softcap c makes c z / sqrt(z^2 + c^2) of logits z, and not c tanh(z / c)."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Shape) -> None:
+        """shape: of this architecture, or of another whose options this one has not are unset."""
         super().__init__()
-        self.shape = shape
+        fits = isinstance(shape, self.shape_type)
+        self.shape: Any = shape if fits else self.shape_type.of(asdict(shape))
         self.checkpoint_activations = False
         self.loss_chunks = 1
+
+    @classmethod
+    def hf_map(cls) -> "HFMap | None":
+        """How transformers stores it (models/hf.py); None where it has no such architecture."""
+        return None
+
+    @property
+    def arch(self) -> str:
+        """Key in configs; FSDP2 renames the class, so this is what a checkpoint knows it by."""
+        return self.shape.arch
 
     @abstractmethod
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -147,6 +90,19 @@ class LanguageModel(nn.Module, ABC):
 
         Modules that it leaves out are the same on every tensor rank.
         """
+
+    @abstractmethod
+    def block_bytes(self, at: Pass) -> int:
+        """Bytes that a block keeps for the backward pass, weights apart."""
+
+    @abstractmethod
+    def outer_bytes(self, at: Pass) -> int:
+        """Bytes kept outside of the blocks: what outer norms keep, and the head's input."""
+
+    @property
+    def flow_width(self) -> int:
+        """Numbers a token whose gradients stand beside each other in an MLP's backward pass."""
+        return self.shape.mlp_width
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or with targets (batch, time) the mean cross-entropy in nats."""
@@ -205,7 +161,7 @@ class LanguageModel(nn.Module, ABC):
         multiplied = {Role.HIDDEN, Role.HEAD, Role.TIED}
         weights = sum(info.numel for info in self.infos if info.role in multiplied)
         s = self.shape
-        return 6 * weights + 12 * s.n_layer * s.d_model * s.context
+        return 6 * weights + 12 * s.n_layer * s.n_head * s.head_dim * s.context
 
     def run_blocks(self, x: Tensor, *args: Tensor, cache: Cache | None = None) -> Tensor:
         """Apply the blocks in turn. args: what each reads besides."""
@@ -255,21 +211,3 @@ def normal(info: ParamInfo, std: float, generator: Generator) -> Tensor:
     """Gaussian of the parameter's shape."""
     draw = torch.randn(info.shape, generator=generator, device=generator.device)
     return draw.mul_(std)
-
-
-def refuse_options_of_gpt(arch: str, shape: ModelShape) -> None:
-    """Refuse what only `gpt` reads, for the other architectures.
-
-    Raises:
-        UsageError: names the option.
-    """
-    if shape.tied:
-        raise UsageError(f"model.tied=true: {arch} is tied or untied as it is; choose model=gpt")
-    if shape.activation_scale != 1.0:
-        raise UsageError(
-            f"model.activation_scale={shape.activation_scale}: {arch} has no such factor; choose "
-            "model=gpt"
-        )
-    for word, default in (("residual", "plain"), ("norm", "rms")):
-        if (value := getattr(shape, word)) != default:
-            raise UsageError(f"model.{word}={value}: {arch} is as it is; choose model=gpt")

@@ -73,5 +73,6 @@ class BlockCache:
             attn_mask=mask,
             is_causal=mask is None and time > 1,
             scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return mixed.transpose(1, 2).flatten(2)

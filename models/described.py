@@ -1,6 +1,6 @@
 """Parts of the architectures as trees of modules (optim/modular), named as their parameters are."""
 
-from geon.models.base import ModelShape
+from geon.models.shapes import DecoderShape, Shape
 from geon.optim.modular import (
     Attention,
     Bias,
@@ -42,10 +42,11 @@ def matrix(
 
 def attention(
     path: str,
-    shape: ModelShape,
+    shape: DecoderShape,
     scale: float,
     turn: tuple[Bond, ...],
     bias: bool = False,
+    gains: bool = False,
 ) -> Series:
     """The attention at a path: projections, what turns queries and keys, and the output matrix.
 
@@ -55,12 +56,12 @@ def attention(
     for part, word in enumerate("qkv"):
         own = f"{path}proj_in.{'qkv' if shape.fused_qkv else word}"
         fused = (part, 3) if shape.fused_qkv else (0, 1)
-        layer = matrix(own, d, d, bias, shape.gains, *fused)
+        layer = matrix(own, d, d, bias, gains, *fused)
         bonds = () if word == "v" else tuple(_named(bond, f"{path}{word}") for bond in turn)
         read.append(Series((*layer.nodes, *bonds), layer.name))
     heads = Attention(shape.n_head, shape.head_dim, scale)
     joined = Join(tuple(read), heads, f"{path}heads")
-    out = matrix(f"{path}proj_out", d, d, bias, shape.gains)
+    out = matrix(f"{path}proj_out", d, d, bias, gains)
     return Series((joined, out), path.rstrip("."))
 
 
@@ -70,13 +71,13 @@ def _named(bond: Bond, place: str) -> Bond:
     return bond
 
 
-def mlp(path: str, shape: ModelShape, activation: Bond, bias: bool = False) -> Series:
+def mlp(
+    path: str, shape: DecoderShape, activation: Bond, bias: bool = False, gains: bool = False
+) -> Series:
     """The MLP of the block at a path."""
-    d, width = shape.d_model, shape.mlp_ratio * shape.d_model
-    up = matrix(f"{path}.up", d, width, bias, shape.gains)
-    return Series(
-        (up, activation, matrix(f"{path}.down", width, d, bias, shape.gains)), f"{path}.mlp"
-    )
+    d, width = shape.d_model, shape.mlp_width
+    up = matrix(f"{path}.up", d, width, bias, gains)
+    return Series((up, activation, matrix(f"{path}.down", width, d, bias, gains)), f"{path}.mlp")
 
 
 def network(
@@ -84,7 +85,7 @@ def network(
     first: tuple[Node, ...],
     blocks: list[Series],
     last: tuple[Node, ...],
-    shape: ModelShape,
+    shape: Shape,
     tied: str = "",
     bias: bool = False,
     rational: bool = False,
@@ -104,7 +105,7 @@ def network(
     return Network(source, Series((*first, middle, *last, Series(tuple(head), "head"))))
 
 
-def table(shape: ModelShape, tied: bool) -> Embed:
+def table(shape: Shape, tied: bool) -> Embed:
     """The embedding of tokens, in the norm of a head where it is one."""
     ends = (shape.vocab_size, shape.d_model)
     return Embed("embed.weight", ends, "sign" if tied else "colnorm", MASSES[0])

@@ -1,7 +1,5 @@
 """The same function in fewer parts: factors multiplied into the weights that they scale."""
 
-from dataclasses import replace
-
 import torch
 
 from geon.models.base import LanguageModel
@@ -19,7 +17,7 @@ def folded(model: LanguageModel) -> LanguageModel:
     weights that stay.
     """
     old, params = model.shape, dict(model.named_parameters())
-    shape = replace(old, gains=False, activation_scale=1.0, mup=old.mup and old.tied)
+    shape = old.folded
     if shape == old:
         return model
     # Of logits W x + b, or of the last norm's gains and biases where W is the embedding's too.
@@ -32,7 +30,7 @@ def folded(model: LanguageModel) -> LanguageModel:
         weight, stem = params[name].detach(), name.removesuffix(".weight")
         if f"{stem}.rows" in params:
             weight = params[f"{stem}.rows"][:, None] * weight * params[f"{stem}.cols"]
-        if name.endswith("down.weight") and old.activation_scale != 1.0:
+        if name.endswith("down.weight") and getattr(old, "activation_scale", 1.0) != 1.0:
             weight = weight * old.activation_scale
         if name.rsplit(".", 1)[0] == last and logits != 1.0:
             weight = weight * logits

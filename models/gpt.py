@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from geon.models.base import LanguageModel, ModelShape, declare, normal
+from geon.errors import UsageError
+from geon.models.base import LanguageModel, declare, normal
 from geon.models.cache import BlockCache, Cache
 from geon.models.described import attention, mlp, network, table
+from geon.models.hf import HFMap
+from geon.models.kept import FP32, Pass
 from geon.models.layers import (
     Projections,
     attend,
@@ -24,6 +28,7 @@ from geon.models.layers import (
     rotary_table,
     rotate,
 )
+from geon.models.shapes import DecoderShape, Shape
 from geon.optim.modular import Bond, Network, Normalize, Rotate, Series, SquaredRelu, residual
 from geon.optim.roles import ParamInfo, Role
 
@@ -31,7 +36,54 @@ EPS = 1e-6
 """Of rms_norm."""
 
 
-def norm_of(shape: ModelShape) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class GPTShape(DecoderShape):
+    """Options of gpt.
+
+    Attributes:
+        rope_base: base of the rotary frequencies.
+        tied: the embedding is the head as well, and enters the residual stream unnormalised.
+        activation_scale: factor on the squared ReLU.
+        gains: each hidden matrix is diag(rows) W diag(cols) with learnt rows and cols.
+        residual: plain adds branches to the stream; scaled takes the mean of the stream and a
+            branch, with a share of 1 / (2 n_layer) for the branch.
+        norm: rms, or none: no norm anywhere, and products of queries and keys over head_dim.
+    """
+
+    arch = "gpt"
+
+    rope_base: float = 10000.0
+    tied: bool = False
+    activation_scale: float = 1.0
+    gains: bool = False
+    residual: str = "plain"
+    norm: str = "rms"
+
+    def check_tensor(self, ranks: int) -> None:
+        """Refuse gains, besides.
+
+        Raises:
+            UsageError: names the key.
+        """
+        if self.gains:
+            raise UsageError(
+                f"model.gains=true with {ranks} tensor ranks: torch's styles cut every vector of a "
+                "layer by its outputs, but `cols` belongs to its inputs; set model.gains=false"
+            )
+        super().check_tensor(ranks)
+
+    @property
+    def share(self) -> float | None:
+        """Share of a branch in the stream after it; None where branches are added."""
+        return 1.0 / (2 * self.n_layer) if self.residual == "scaled" else None
+
+    @property
+    def folded(self) -> "GPTShape":
+        """Without gains and factors; muP's stays where logits alone read no weight (tied)."""
+        return replace(self, gains=False, activation_scale=1.0, mup=self.mup and self.tied)
+
+
+def norm_of(shape: GPTShape) -> Callable[[Tensor], Tensor]:
     """RMSNorm without gains, or nothing."""
     return rms_norm if shape.norm == "rms" else _same
 
@@ -47,7 +99,7 @@ class Attention(nn.Module):
     as K where the two are aligned (Large et al., arXiv 2405.14813).
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: GPTShape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
         self.norm = norm_of(shape)
@@ -67,7 +119,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm, each joined to the residual stream."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: GPTShape) -> None:
         super().__init__()
         width = shape.mlp_ratio * shape.d_model
         self.norm, self.share = norm_of(shape), shape.share
@@ -91,10 +143,11 @@ class GPT(LanguageModel):
     Tied, it has no head of its own, and does not normalise what the embedding gives.
     """
 
-    arch = "gpt"
+    shape_type = GPTShape
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
+        shape = self.shape
         self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         if not shape.tied:
@@ -150,8 +203,8 @@ class GPT(LanguageModel):
         blocks = []
         for i in range(s.n_layer):
             path = f"blocks.{i}"
-            mix = attention(f"{path}.attention.", s, scale, turn)
-            act = mlp(path, s, SquaredRelu(s.activation_scale))
+            mix = attention(f"{path}.attention.", s, scale, turn, gains=s.gains)
+            act = mlp(path, s, SquaredRelu(s.activation_scale), gains=s.gains)
             halves = (
                 residual(Series((*norm(f"{path}.norm1"), mix), mix.name), s.share, f"{path}.1"),
                 residual(Series((*norm(f"{path}.norm2"), act), act.name), s.share, f"{path}.2"),
@@ -195,3 +248,86 @@ class GPT(LanguageModel):
             **block_plan("attention."),
             "head": ColwiseParallel(output_layouts=Replicate()),
         }
+
+    @classmethod
+    def hf_map(cls) -> HFMap:
+        """NanoChat."""
+        return HFMap(_kind, _config, _KEYS, _OUTSIDE, _INSIDE)
+
+    def block_bytes(self, at: Pass) -> int:
+        """See `decoder_bytes`."""
+        return decoder_bytes(self.shape, at, self.shape.norm == "rms", fused=True)
+
+    def outer_bytes(self, at: Pass) -> int:
+        """Norms of the embedding and before the head."""
+        d = self.shape.d_model
+        if self.shape.norm == "none":
+            return at.tokens * d * at.size
+        return at.tokens * (2 * (d * at.wide + FP32) + d * at.size)
+
+
+def decoder_bytes(
+    s: DecoderShape, at: Pass, normed: bool, gains: bool = False, fused: bool = False
+) -> int:
+    """Bytes of a block with QK-norm and two matrices in its MLP.
+
+    normed: whether there are norms. fused: whether a fused product stays alive behind those of q
+    and k, in any arithmetic.
+    """
+    d, own, heads = s.d_model, s.d_model // at.tensor, s.n_head // at.tensor
+    # What the products of q, k, v and of the MLP read; q, k, v and what attention gives.
+    kept = 2 * at.norm(d, gains) if normed else 2 * d * at.size
+    kept += (4 * own + 2 * s.mlp_width // at.tensor) * at.size + at.heads(heads)
+    if normed:  # q and k go through norms of their own
+        kept += 2 * own * at.wide + 2 * FP32 * heads
+        # v keeps the fused product alive, and those norms' inputs where they are parts of it
+        if s.fused_qkv and not at.composed and (fused or at.wide > at.size):
+            kept += 2 * own * at.size
+    return at.tokens * kept
+
+
+def _kind(shape: GPTShape) -> tuple[str, str]:
+    return "NanoChatForCausalLM", "nanochat"
+
+
+def _config(shape: GPTShape) -> dict[str, Any]:
+    for word, default in (("norm", "rms"), ("residual", "plain")):
+        if (value := getattr(shape, word)) != default:
+            raise UsageError(
+                f"model.{word}={value}: NanoChat of transformers has model.{word}={default} alone"
+            )
+    if shape.tied:
+        raise UsageError(
+            "model.tied=true: NanoChat of transformers normalises what the embedding gives, and a "
+            "tied gpt does not; it goes with model.tied=false alone"
+        )
+    return {
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.context,
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.mlp_width,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "num_key_value_heads": shape.n_head,
+        "hidden_act": "relu2",
+        "rms_norm_eps": EPS,
+        "final_logit_softcapping": shape.softcap or None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_base},
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+_KEYS = {
+    **{"vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "mlp_ratio"},
+    **{"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    **{"num_key_value_heads": "n_head", "final_logit_softcapping": "softcap"},
+    "rope_parameters": "rope_base",
+}
+_OUTSIDE = {"embed": "model.embed_tokens", "head": "lm_head"}
+_INSIDE = {
+    **{f"attention.proj_in.{part}": f"self_attn.{part}_proj" for part in "qkv"},
+    "attention.proj_out": "self_attn.o_proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}

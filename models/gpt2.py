@@ -8,16 +8,13 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.errors import UsageError
-from geon.models.base import (
-    LanguageModel,
-    ModelShape,
-    declare,
-    normal,
-    refuse_options_of_gpt,
-)
+from geon.models.base import LanguageModel, declare, normal
 from geon.models.cache import BlockCache, Cache
 from geon.models.described import attention, mlp, network, table
+from geon.models.hf import HFMap
+from geon.models.kept import FP32, Pass
 from geon.models.layers import LayerNorm, Projections, attend, block_plan, head_axes, lowered
+from geon.models.shapes import DecoderShape, Shape
 from geon.optim.modular import (
     Add,
     Bias,
@@ -34,15 +31,18 @@ from geon.optim.modular import (
 from geon.optim.roles import ParamInfo, Role
 
 
+class GPT2Shape(DecoderShape):
+    """Options of gpt2: those of every decoder."""
+
+    arch = "gpt2"
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm, each added to the residual stream."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: GPT2Shape) -> None:
         super().__init__()
         d = shape.d_model
-        if shape.gains:
-            raise UsageError("model.gains=true: gpt2 has gains of its own; choose model=gpt")
-        refuse_options_of_gpt("gpt2", shape)
         self.head_dim = shape.head_dim
         self.norm1 = LayerNorm(d)
         self.proj_in = Projections(d, shape.fused_qkv, bias=True)
@@ -61,10 +61,11 @@ class Block(nn.Module):
 class GPT2(LanguageModel):
     """Decoder with biases and gains, whose embedding is also its head."""
 
-    arch = "gpt2"
+    shape_type = GPT2Shape
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
+        shape = self.shape
         self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
         self.positions = nn.Embedding(shape.context, shape.d_model)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
@@ -156,3 +157,53 @@ class GPT2(LanguageModel):
     def tp_plan(self) -> dict[str, Any]:
         """Heads and MLP neurons are split; the tied weight, read in two ways, and norms are not."""
         return block_plan()
+
+    @classmethod
+    def hf_map(cls) -> HFMap:
+        """GPT-2, whose Conv1D stores (d_in, d_out), and q, k and v side by side."""
+        return HFMap(_kind, _config, _KEYS, _OUTSIDE, _INSIDE, "transformer.h")
+
+    def block_bytes(self, at: Pass) -> int:
+        """LayerNorms keep input and output, a mean and a factor."""
+        s, size = self.shape, at.size
+        kept = 4 * s.d_model * size + 4 * FP32 + at.heads(s.n_head // at.tensor)
+        kept += (4 * (s.d_model // at.tensor) + 2 * s.mlp_width // at.tensor) * size
+        return at.tokens * kept
+
+    def outer_bytes(self, at: Pass) -> int:
+        """The last norm's input and output, and its two numbers."""
+        return at.tokens * (2 * self.shape.d_model * at.size + 2 * FP32)
+
+
+def _kind(shape: GPT2Shape) -> tuple[str, str]:
+    return "GPT2LMHeadModel", "gpt2"
+
+
+def _config(shape: GPT2Shape) -> dict[str, Any]:
+    if shape.softcap:
+        raise UsageError(
+            f"model.softcap={shape.softcap}: GPT-2 of transformers has none; choose model=gpt"
+        )
+    return {
+        "vocab_size": shape.vocab_size,
+        "n_positions": shape.context,
+        "n_embd": shape.d_model,
+        "n_layer": shape.n_layer,
+        "n_head": shape.n_head,
+        "n_inner": shape.mlp_width,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    }
+
+
+_KEYS = {
+    **{"vocab_size": "vocab_size", "n_positions": "context", "n_embd": "d_model"},
+    **{"n_layer": "n_layer", "n_head": "n_head", "n_inner": "mlp_ratio"},
+}
+_OUTSIDE = {"embed": "transformer.wte", "positions": "transformer.wpe", "norm": "transformer.ln_f"}
+_INSIDE = {
+    **{"norm1": "ln_1", "norm2": "ln_2"},
+    **{f"proj_in.{part}": "attn.c_attn" for part in "qkv"},
+    **{"proj_out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+}

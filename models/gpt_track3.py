@@ -9,9 +9,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from geon.errors import UsageError
-from geon.models.base import LanguageModel, ModelShape, declare, normal, refuse_options_of_gpt
+from geon.models.base import LanguageModel, declare, normal
 from geon.models.cache import BlockCache, Cache
 from geon.models.described import attention, mlp, network, table
+from geon.models.gpt import decoder_bytes
+from geon.models.kept import FP32, Pass
 from geon.models.layers import (
     Projections,
     attend,
@@ -22,6 +24,7 @@ from geon.models.layers import (
     rms_norm,
     rotate,
 )
+from geon.models.shapes import DecoderShape, Shape
 from geon.optim.modular import (
     Gain,
     Network,
@@ -63,6 +66,25 @@ def _truncated_table(time: int, head_dim: int, device: torch.device) -> tuple[Te
 _kept_table = lru_cache(maxsize=16)(_truncated_table)
 
 
+class Track3Shape(DecoderShape):
+    """Options of gpt_track3: those of every decoder."""
+
+    arch = "gpt_track3"
+
+    def check(self) -> None:
+        """Refuse heads whose pairs do not halve, besides.
+
+        Raises:
+            UsageError: names the keys.
+        """
+        super().check()
+        if self.head_dim % 4:
+            raise UsageError(
+                f"model.d_model / model.n_head = {self.head_dim}: gpt_track3 turns half of the "
+                "pairs of a head, so it must divide by 4"
+            )
+
+
 class GainNorm(nn.Module):
     """RMSNorm with gains, in the dtype of its input."""
 
@@ -78,7 +100,7 @@ class GainNorm(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm, each added to the residual stream."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Track3Shape) -> None:
         super().__init__()
         d = shape.d_model
         self.head_dim = shape.head_dim
@@ -107,19 +129,12 @@ class GPTTrack3(LanguageModel):
     it; written from its description. The track's size is model/size=track3.
     """
 
-    arch = "gpt_track3"
+    shape_type = Track3Shape
     rational_cap = True
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
-        if shape.gains:
-            raise UsageError("model.gains=true: gpt_track3 has gains of its own; choose model=gpt")
-        refuse_options_of_gpt("gpt_track3", shape)
-        if shape.head_dim % 4:
-            raise UsageError(
-                f"model.d_model / model.n_head = {shape.head_dim}: gpt_track3 turns half of the "
-                "pairs of a head, so it must divide by 4"
-            )
+        shape = self.shape
         self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
         self.norm_embed = GainNorm(shape.d_model)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
@@ -220,6 +235,15 @@ class GPTTrack3(LanguageModel):
             **block_plan(),
             "head": ColwiseParallel(output_layouts=Replicate()),
         }
+
+    def block_bytes(self, at: Pass) -> int:
+        """See `decoder_bytes`."""
+        return decoder_bytes(self.shape, at, True, gains=True)
+
+    def outer_bytes(self, at: Pass) -> int:
+        """Norms of the embedding and before the head."""
+        s, gained = self.shape, FP32 * at.eager_cpu
+        return at.tokens * (2 * (s.d_model * (at.wide + gained) + FP32) + s.d_model * at.size)
 
 
 def load_track_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

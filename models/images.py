@@ -6,20 +6,44 @@ classes). `vocab_size` counts classes, `context` is 1. None has biases or gains.
 
 import math
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.errors import UsageError
-from geon.models.base import LanguageModel, ModelShape, declare, normal
+from geon.models.base import LanguageModel, declare, normal
+from geon.models.kept import Pass
 from geon.models.layers import Projections, head_axes, lowered, relu_squared, rms_norm
+from geon.models.shapes import Shape
 from geon.optim.modular import Network
 from geon.optim.roles import ParamInfo, Role
 
 CHANNELS, SIDE = 3, 32
 PATCH = 4
 """Pixels of a side of the ViT's patches."""
+
+
+class MLPShape(Shape):
+    """Options of mlp: none of its own."""
+
+    arch = "mlp"
+
+
+@dataclass(frozen=True)
+class ViTShape(Shape):
+    """Options of vit. mlp_ratio: hidden width of the MLP over d_model."""
+
+    arch = "vit"
+
+    mlp_ratio: int = 4
+
+
+class ConvNetShape(Shape):
+    """Options of conv: none of its own."""
+
+    arch = "conv"
 
 
 class ImageModel(LanguageModel):
@@ -34,6 +58,14 @@ class ImageModel(LanguageModel):
     @abstractmethod
     def activations(self) -> int:
         """About how many numbers autograd keeps for one image."""
+
+    def block_bytes(self, at: Pass) -> int:
+        """Nothing: engine/images.py reckons with `activations`."""
+        return 0
+
+    def outer_bytes(self, at: Pass) -> int:
+        """Nothing, as above."""
+        return 0
 
     def project(self, x: Tensor) -> Tensor:
         """(B, 1, D) -> (B, 1, classes)."""
@@ -80,10 +112,11 @@ class MLP(ImageModel):
     With 3 and 128 the network of the modular manifolds post (J. Bernstein, 2025): 3072-128-64-10.
     """
 
-    arch = "mlp"
+    shape_type = MLPShape
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
+        shape = self.shape
         widths = [max(1, shape.d_model >> i) for i in range(shape.n_layer - 1)]
         if shape.n_layer < 2:
             raise UsageError(f"model.n_layer {shape.n_layer}: an mlp has at least 2 matrices")
@@ -115,7 +148,7 @@ class MLP(ImageModel):
 class _Block(nn.Module):
     """Attention without a mask, and an MLP, each behind an RMSNorm."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         d = shape.d_model
         self.head_dim = shape.head_dim
@@ -136,11 +169,12 @@ class _Block(nn.Module):
 class ViT(ImageModel):
     """A vision transformer (Dosovitskiy et al., arXiv 2010.11929) that averages its patches."""
 
-    arch = "vit"
+    shape_type = ViTShape
     patches = (SIDE // PATCH) ** 2
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
+        shape = self.shape
         self.inputs = nn.Linear(CHANNELS * PATCH * PATCH, shape.d_model, bias=False)
         self.positions = nn.Embedding(self.patches, shape.d_model)
         self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.n_layer))
@@ -196,10 +230,11 @@ class ConvNet(ImageModel):
     matrices (d_out, d_in), each stepped by 1/9, which is Scion's norm of a convolution.
     """
 
-    arch = "conv"
+    shape_type = ConvNetShape
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
+        shape = self.shape
         widths = [max(1, shape.d_model >> i) for i in range(shape.n_layer)][::-1]
         pairs = zip([CHANNELS, *widths[:-1]], widths, strict=True)
         self.layers = nn.ModuleList(

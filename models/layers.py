@@ -1,11 +1,14 @@
 """Blocks that several architectures share. Shapes: B batch, T time, D width, H heads, K = D/H."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from geon.models.tensor import summed
 
 
 def lowered(x: Tensor) -> Tensor:
@@ -98,6 +101,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
+class Norm(nn.Module):
+    """RMSNorm with gains, in the dtype of its input.
+
+    group: tensor ranks that norm each their own heads; see models/tensor.py.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.group = eps, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return rms_norm(x, summed(self.weight, self.group), self.eps)
+
+
 class GainLinear(nn.Linear):
     """x -> diag(rows) W diag(cols) x: a matrix whose manifold fixes its size learns it here.
 
@@ -147,15 +166,16 @@ def head_axes(n_head: int) -> dict[str, tuple[int, int]]:
     return {**dict.fromkeys(names, (n_head, 0)), "proj_out.weight": (n_head, 1)}
 
 
-def block_plan(attention: str = "") -> dict[str, Any]:
+def block_plan(attention: str = "", more: Sequence[str] = ()) -> dict[str, Any]:
     """Tensor parallelism of the blocks (Shoeybi et al., arXiv 1909.08053).
 
     What makes heads and neurons is cut by rows, what reads them by columns, and a sum over the
     ranks ends each branch. attention: path of the attention inside a block, with its dot.
+    more: names of other matrices that make neurons.
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-    rows = [f"{attention}proj_in.{part}" for part in "qkv"] + ["up"]
+    rows = [f"{attention}proj_in.{part}" for part in "qkv"] + ["up", *more]
     plan: dict[str, Any] = {f"blocks.*.{name}": ColwiseParallel() for name in rows}
     for name in (f"{attention}proj_out", "down"):
         plan[f"blocks.*.{name}"] = RowwiseParallel()
@@ -175,18 +195,22 @@ def composes(device: str, dtype: torch.dtype, time: int) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Causal attention of (B, T, H, K) by PyTorch's SDPA; returns (B, T, H K).
 
+    Keys and values may have fewer heads, each of which is read by H / heads queries in a row.
+
     scale: factor on products of queries and keys; None takes 1/sqrt(K).
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if composes(q.device.type, q.dtype, q.shape[2]):
         return _composed(q, k, v, scale).transpose(1, 2).flatten(2)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    shared = q.shape[1] != k.shape[1]
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
     return mixed.transpose(1, 2).flatten(2)
 
 
 def _composed(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Causal attention of (B, H, T, K) by two products and a softmax; keeps B H T^2 numbers."""
-    batch, _, time, width = q.shape
+    batch, heads, time, width = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     later = torch.full((time, time), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     with torch.autocast("cpu", enabled=False):

@@ -62,7 +62,7 @@ ARROWS = {
 }
 ALONE = {f"configs.{name}" for name in ("changes", "choices", "recipes", "schema")}
 ALONE |= {"launch.env", "launch.signals"}
-LAZY_ARROWS = {"launch": "configs configs.changes configs.schema"}
+LAZY_ARROWS = {"launch": "configs configs.changes configs.schema", "configs": "models"}
 ONLY_NAMES = {("optim.shard", "optim.norms"): {"Reach"}}
 
 OTHERS = {  # other packages at the top of a file; inside of functions LAZY_OTHERS too
@@ -76,6 +76,7 @@ OTHERS_BY_FILE = {"data/bpe.py": "tokenizers", "engine/plots.py": "matplotlib"}
 LAZY_OTHERS = {
     "optim": "pytorch_optimizer",
     "models": "transformers safetensors",
+    "configs": "torch",
     "data": "datasets huggingface_hub matplotlib pyarrow tiktoken zstandard",
     "engine": "wandb deepspeed matplotlib transformers safetensors",
     "launch": "hydra omegaconf",

@@ -181,6 +181,28 @@ class Rotate(Bond):
 
 
 @dataclass(frozen=True)
+class Repeat(Bond):
+    """Each share of a vector several times in a row: heads of keys that queries share.
+
+    Attributes:
+        width: of a share.
+        times: that it is there; its RMS stays.
+    """
+
+    width: int
+    times: int
+
+    def bound(self, x: Size) -> tuple[Size, Number]:
+        """The same mean square, largest entry and largest share."""
+        return x, 1.0
+
+    def forward(self, x: Tensor, values: Values) -> Tensor:
+        """Repeat."""
+        shares = x.reshape(*x.shape[:-1], -1, self.width)
+        return shares.repeat_interleave(self.times, -2).flatten(-2)
+
+
+@dataclass(frozen=True)
 class Attention(Meeting):
     """Causal softmax attention of queries, keys and values, (batch, time, d) each.
 

@@ -19,11 +19,13 @@ from geon.configs.schema import (
     RuleConfig,
 )
 from geon.data import synthetic_corpus
-from geon.engine.build import Routing, initialise, make_batches, make_model
+from geon.engine.build import Routing, initialise, make_batches, make_model, make_shape
 from geon.engine.evaluate import evaluate
 from geon.engine.parallel import Parallel, mesh_shape, planned_cuts
+from geon.errors import UsageError
 from geon.launch.env import Env
 from geon.launch.leave import leave
+from geon.models import MODELS as REGISTRY
 from geon.optim import AdamW
 from tests.distributed.jobs import by_rank
 
@@ -41,8 +43,24 @@ LAYOUTS = {
 }
 # No number of ranks divides the vocabulary, so embedding and head have uneven shards.
 SIZES = {"vocab_size": 53, "context": 16, "n_layer": 2, "n_head": 4, "d_model": 32}
-MODELS = {arch.value: ModelConfig(arch, **SIZES) for arch in Arch}
+MODELS = {arch: ModelConfig(Arch[arch], **SIZES) for arch in REGISTRY}
+SHARED = {"n_kv_head": 2, "qk_norm": True}
+MODELS["qwen3"] = ModelConfig(Arch["llama"], **SIZES, options=SHARED)
+"""Gains of queries and keys that all heads share stand behind the cut of heads."""
 SEED, SEQUENCES, EVAL_BATCH = 3, 24, 5
+
+
+def cut(arch):
+    """Whether a model has a plan of tensor parallelism."""
+    try:
+        make_shape(MODELS[arch]).check_tensor(2)
+    except UsageError:
+        return False
+    return True
+
+
+TWO = [f"{arch}:tp" for arch in MODELS if cut(arch)] + [f"{arch}:fsdp" for arch in MODELS]
+"""Every architecture that is registered, on two ranks."""
 
 
 def settings(arch, parallel, micro=0):
@@ -162,12 +180,14 @@ def main(cases):
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
-        (2, ["gpt:tp", "gpt2:tp", "gpt_track3:tp", "gpt:fsdp", "gpt2:fsdp_rows"]),
+        (2, [*TWO, "gpt2:fsdp_rows"]),
         (3, ["gpt:fsdp", "gpt2:fsdp"]),
         (4, ["gpt:tp", "gpt:fsdp_tp", "gpt2:fsdp_tp", "gpt:fsdp_tp_rows", "gpt:hsdp"]),
         pytest.param(6, ["gpt:fsdp_tp", "gpt2:fsdp_tp"], marks=pytest.mark.slow),
         pytest.param(8, ["gpt:hsdp_tp", "gpt2:hsdp_tp"], marks=pytest.mark.slow),
-        pytest.param(4, ["gpt_track3:fsdp_tp", "gpt_track3:hsdp"], marks=pytest.mark.slow),
+        pytest.param(
+            4, ["qwen3:fsdp_tp", "gpt_track3:fsdp_tp", "gpt_track3:hsdp"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_ranks_compute_what_one_process_computes(ranks, cases):

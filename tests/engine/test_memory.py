@@ -54,13 +54,19 @@ ARITHMETIC = [
 ]
 
 
-MORE = [[], ["model.fused_qkv=true", "model.d_model=64"]]
-OF_GPT = [["model.residual=scaled"], ["model.norm=none"]]
+def more(arch):
+    """Options that change what is kept, of those that an architecture has."""
+    has = MODELS[arch].shape_type.defaults()
+    found = [[], ["model.fused_qkv=true", "model.d_model=64"] if "fused_qkv" in has else None]
+    found += [["model.residual=scaled"], ["model.norm=none"]] if "residual" in has else []
+    grouped = ["model.options.n_kv_head=2", "model.options.qk_norm=true"]
+    found += [grouped] if "n_kv_head" in has else []
+    return [options for options in found if options is not None]
 
 
 @pytest.mark.parametrize(
     ("arch", "precision", "again", "more"),
-    [(*one, more) for one in ARITHMETIC for more in MORE + OF_GPT * (one[0] == "gpt")],
+    [(*one, options) for one in ARITHMETIC for options in more(one[0])],
 )
 def test_what_autograd_saves_is_what_was_predicted(arch, precision, again, more):
     options = [f"model={arch}", f"parallel.precision={precision}", "optim=adamw"]
