@@ -15,6 +15,7 @@ from geon.engine.checkpointer import Staging
 from geon.engine.parallel import start
 from geon.errors import SaveError
 from geon.launch.env import read_env
+from geon.launch.leave import leave
 from tests.reliability.checkpoints_job import tensors
 
 
@@ -57,6 +58,7 @@ def main() -> None:
         told = {"heard": found, "left": left, "sound": sound, "cut": cut}
         print(json.dumps(told), flush=True)
     parallel.barrier()
+    leave(0)
 
 
 if __name__ == "__main__":
