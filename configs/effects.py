@@ -376,4 +376,5 @@ def holds_anyway(given: Any, key: str, value: Any) -> bool:
     found = OmegaConf.select(given, key, throw_on_missing=False)
     if found is None or value is None:
         return found is value
-    return str(getattr(found, "value", found)).lower() == str(value).lower()
+    found = getattr(found, "value", found)
+    return found == value or str(found).lower() == str(value).lower()
