@@ -147,12 +147,12 @@ def test_runs_of_an_agent_are_named_by_their_ids(monkeypatch):
 def test_words_as_an_agent_writes_them_are_taken():
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     values = {"optim.lr": 1e-05, "data.shuffle": False, "optim": "muon", "seed": 3,
-              "optim.rest.betas": [0.8, 0.9], "eval.sample_prompt": "a b"}  # fmt: skip
+              "optim.head.betas": [0.8, 0.9], "eval.sample_prompt": "a b"}  # fmt: skip
     told = utils.create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})
     config = compose([*told["args_no_hyphens"], "eval.sample_tokens=4"], "train")
     assert (config.optim.lr, config.optim.name, config.seed) == (1e-05, "muon", 3)
     assert (config.data.shuffle, config.eval.sample_prompt) == (False, "a b")
-    assert config.optim.rest.betas == [0.8, 0.9]
+    assert config.optim.head.betas == [0.8, 0.9]
 
 
 def test_words_with_hyphens_are_told_how_to_write():
