@@ -16,6 +16,7 @@ class Facts:
         fields: its sizes and options.
         roles: of its parameters.
         attends: whether some of them have heads.
+        kernels: whether some are kernels of convolutions.
         blocks: whether it has blocks that are run one by one.
         stored: whether transformers has it.
     """
@@ -23,6 +24,7 @@ class Facts:
     fields: frozenset[str]
     roles: frozenset[str]
     attends: bool
+    kernels: bool
     blocks: bool
     stored: bool
 
@@ -50,6 +52,7 @@ def _facts(keys: str) -> Facts | None:
         frozenset(asdict(shape)),
         frozenset(info.role.value for info in model.infos),
         any(info.heads for info in model.infos),
+        any(info.kernel for info in model.infos),
         bool(model.shard_units()),
         model.hf_map() is not None,
     )

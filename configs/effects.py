@@ -181,7 +181,7 @@ WHEN = (
     When("parallel.tensor", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "parallel=fsdp or hsdp", _layout(*SHARDED)),
     When("parallel.long_side", "hidden matrices: model=conv has kernels",
-         lambda c: c.model.arch is not Arch.conv),
+         _model(lambda found: not found.kernels)),
     When("parallel.loss_chunks", "task=text", lambda c: c.task is Task.text),
     When("parallel.zero", "parallel=deepspeed_z0 to z3", _layout(Layouts.deepspeed)),
     When("parallel.share_gpu", "several ranks on GPUs: not parallel=single or device=cpu",
@@ -334,7 +334,8 @@ def unread(config: Config, key: str, raw: Mapping[str, Any]) -> str:
             if word and word not in RULE_READS[rule.rule].split():
                 kinds = [kind.value for kind, words in RULE_READS.items() if word in words.split()]
                 return f"{route}.rule={' or '.join(kinds)}, not {rule.rule.value}"
-            headless = route in _WITHOUT_HEADS or config.model.arch in (Arch.mlp, Arch.conv)
+            found = facts(config.model)
+            headless = route in _WITHOUT_HEADS or (found is not None and not found.attends)
             if word == "per_head" and headless:
                 return "parameters that have attention heads: of optim.hidden or optim.overrides"
             if rule.rule is not RuleKind.steepest:

@@ -82,6 +82,8 @@ class Experts(nn.Module):
         count, d, width = shape.n_expert, shape.d_model, shape.mlp_width
         self.gate, self.up = (nn.Parameter(torch.empty(count, width, d)) for _ in range(2))
         self.down = nn.Parameter(torch.empty(count, d, width))
+        for batch in self.parameters():  # as nn.Linear does: never what memory held
+            nn.init.normal_(batch, std=batch.shape[-1] ** -0.5)
 
     @torch.compiler.disable  # how many tokens an expert has is known only when it runs
     def forward(self, x: Tensor, chosen: Tensor, odds: Tensor) -> Tensor:
