@@ -95,6 +95,8 @@ def run(
         }
         status = _servers[needs].ask(job)["status"]
         said = [file.read_text("utf-8", errors="replace") for file in (out, err)]
+    if status is not None and status > 128 and not ranks:
+        status = 128 - status  # by a signal, as subprocess says it
     if status is None:
         raise subprocess.TimeoutExpired(job["command"], timeout, *said)
     return subprocess.CompletedProcess(job["command"], status, *said)
@@ -193,8 +195,10 @@ def begin(job: dict, rank: int, port: int, name: str) -> None:
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
     os.chdir(job["cwd"])
+    import numpy
     import torch
 
+    numpy.random.seed()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     program, *sys.argv[1:] = job["command"]
     sys.argv[0], sys.path[0] = program, str(Path(program).parent)
