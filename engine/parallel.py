@@ -66,6 +66,7 @@ def check_layout(config: ParallelConfig, model: ModelConfig, world: int) -> None
     tensor = mesh_shape(config, world).get("tensor", 1)
     if tensor > 1:
         keys = {key: getattr(value, "value", value) for key, value in asdict(model).items()}
+        keys["vocab_size"] = keys["vocab_size"] or tensor  # 0: the data's, not yet read
         shape_of(keys).check_tensor(tensor)
 
 

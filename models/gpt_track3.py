@@ -63,7 +63,8 @@ def _truncated_table(time: int, head_dim: int, device: torch.device) -> tuple[Te
     return angle.cos(), angle.sin()
 
 
-_kept_table = lru_cache(maxsize=16)(_truncated_table)
+# Outside of inference mode, whose tensors no training may use, whoever asks first.
+_kept_table = lru_cache(maxsize=16)(torch.inference_mode(False)(_truncated_table))
 
 
 class Track3Shape(DecoderShape):

@@ -87,7 +87,8 @@ def _rotary_table(
     return angle.cos(), angle.sin()
 
 
-_kept_table = lru_cache(maxsize=16)(_rotary_table)
+# Outside of inference mode, whose tensors no training may use, whoever asks first.
+_kept_table = lru_cache(maxsize=16)(torch.inference_mode(False)(_rotary_table))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -44,4 +44,5 @@ def _turning_table(
     return angle.cos(), -angle.sin()
 
 
-_kept_table = lru_cache(maxsize=16)(_turning_table)
+# Outside of inference mode, whose tensors no training may use, whoever asks first.
+_kept_table = lru_cache(maxsize=16)(torch.inference_mode(False)(_turning_table))

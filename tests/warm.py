@@ -155,8 +155,9 @@ def wait(left: dict[int, int], until: float, alone: bool, said: str) -> int:
             rank, code = left.pop(child), os.waitstatus_to_exitcode(word)
             if code and not failed:
                 failed = (code if code > 0 else 128 - code) if alone else 1
-                with Path(said).open("a") as file:
-                    file.write(f"rank {rank} of the test's job ended with {code}\n")
+                if not alone:
+                    with Path(said).open("a") as file:
+                        file.write(f"rank {rank} of the test's job ended with {code}\n")
             continue
         now = time.monotonic()
         over = over or now > until

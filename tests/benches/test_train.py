@@ -52,10 +52,10 @@ def test_the_result_has_every_field_and_its_parts_are_the_step(tmp_path, monkeyp
     rate = found["tokens_per_second"]
     assert sum(found["seconds"].values()) == pytest.approx(256 / rate, rel=0.3)
     assert found["track3_tokens_per_second"] == 128.0
-    assert found["tokens_per_second_over_track3"] == pytest.approx(rate / 128)
+    assert found["tokens_per_second_over_track3"] == pytest.approx(rate / 128, rel=1e-4)
     # 1 layer of width 32: 12 x 32^2 hidden weights, a head of 64 ids; attention over 32 tokens.
     per_token = 6 * (12 * 32**2 + 64 * 32) + 12 * 32 * 32
-    assert found["mfu"] == pytest.approx(rate * per_token / 1e9)
+    assert found["mfu"] == pytest.approx(rate * per_token / 1e9, rel=1e-4)
     assert found["seconds_to_first_step"] > 0.0
     assert 50 << 20 < found["peak_memory_bytes"] < 50 << 30
 

@@ -55,6 +55,8 @@ WORDS: dict[str, Any] = {
     "optim.overrides": ({"q": {"pattern": "*", "lr": 0.5, "rule": "adamw"}},),
     "optim.record_pairs": ([1],),
     "data.dtype": ("uint16",),
+    "model.options": ({"n_kv_head": 1}, {"n_expert": 2}),
+    "cluster.mem": ("64G",),
     "data.mix": ({"a": {"weight": 1.0, "source": "synthetic", "tokens": 5000}},),
     "checkpoint.resume": ("never",),
     "checkpoint.allow_change": (["optim.lr"],),

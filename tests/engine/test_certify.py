@@ -77,5 +77,5 @@ def test_what_holds_no_checkpoint_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("option", ["residual=scaled", "norm=none"])
 def test_options_of_gpt_are_refused_elsewhere(arch, option):
     config = compose([*TINY, f"model={arch}", f"model.{option}", "parallel=single"])
-    with pytest.raises(UsageError, match=f"model.{option}: {arch} is as it is"):
+    with pytest.raises(UsageError, match=f"model.{option}: {arch} has no such option"):
         make_model(config.model)

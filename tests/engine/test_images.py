@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from geon.data import ImageBatches, glyph_corpus
 from geon.data.images import RECORD, cifar_corpus, opened
+from geon.engine.build import make_model
 from geon.engine.images import check_task, evaluate_images
 from geon.engine.main import execute
 from geon.engine.parallel import Parallel
@@ -207,11 +208,16 @@ def test_what_belongs_to_the_other_task_is_refused(overrides, words):
 @pytest.mark.parametrize(
     "typed",
     ["data.tokenizer=gpt2", "data.bpe_vocab=300", "eval.sample_tokens=9", "model.softcap=15"]
-    + ["model.context=64", "model.mlp_ratio=2", "optim.rest.lr=0.1", "optim.embedding.lr=0.1"],
+    + ["model.context=64", "optim.rest.lr=0.1", "optim.embedding.lr=0.1"],
 )
 def test_keys_of_text_are_refused(typed):
     with pytest.raises(UsageError, match=f"{typed.split('=')[0]}=.* has no effect"):
         compose(["task=image", "optim=muon", typed], "train")
+
+
+def test_sizes_of_another_model_are_refused():
+    with pytest.raises(UsageError, match="model.mlp_ratio=2: mlp has no such option"):
+        make_model(compose(["task=image", "optim=muon", "model.mlp_ratio=2"], "train").model)
 
 
 def test_two_ranks_see_what_one_sees(tmp_path):

@@ -161,7 +161,8 @@ def test_a_wheel_trains_as_a_checkout_does_from_any_folder(unpacked, tmp_path):
     two = [word for word in TOLD if word != "parallel=single"]
     done = python("-c", code, *two, "parallel=ddp", "name=two", cwd=tmp_path, path=unpacked)
     assert done.returncode == 0, done.stderr
-    assert "'-m', 'geon.train'" in done.stdout and str(ROOT) not in done.stdout
+    started = done.stdout.replace(sys.executable, "python")  # which may lie in the checkout
+    assert "'-m', 'geon.train'" in started and str(ROOT) not in started
     done = python(ROOT / "train.py", *TOLD, "name=here", cwd=tmp_path, path="")
     assert done.returncode == 0, done.stderr
     one, two, here = (
@@ -174,7 +175,8 @@ def test_a_wheel_trains_as_a_checkout_does_from_any_folder(unpacked, tmp_path):
 
 def test_a_slurm_file_of_a_wheel_starts_the_module(unpacked, tmp_path):
     code = "from geon.launch import slurm, compose as c; w = ['cluster=slurm', 'name=big']"
-    code += "; print(slurm.render(c.compose(w), w))"
+    code += "; print(slurm.render(c.compose(w), [w]))"
     done = python("-c", code, cwd=tmp_path, path=unpacked)
-    assert f"    {sys.executable} -m torch.distributed.run \\\n" in done.stdout, done.stderr
-    assert "    -m geon.train name=big &\n" in done.stdout
+    assert f"({sys.executable} -m torch.distributed.run\n" in done.stdout, done.stderr
+    assert "words=(name=big)\n" in done.stdout
+    assert '    -m geon.train "${words[@]}" &\n' in done.stdout
