@@ -22,7 +22,6 @@ from geon.engine import checkpoint
 from geon.engine.checkpointer import Checkpointer, Staging
 from geon.engine.main import prepare
 from geon.engine.trainer import Trainer
-from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.env import Env
 from geon.launch.leave import guard
@@ -79,7 +78,7 @@ def measure(trainer: Trainer, saves: int) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--saves", type=int, default=3, help="saves of each kind that are timed")
@@ -92,17 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
         config = compose([*given, "checkpoint.resume=never"])
         trainer, _ = prepare(config, Env(), [])
         found = measure(trainer, args.saves)
-    except UsageError as error:
-        print(f"geon: error: {error}", file=sys.stderr)
-        return 2
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if args.json:
         print(json.dumps(found))
     else:
         print("\n".join(f"{key:44} {value}" for key, value in found.items()))
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return guard(lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    sys.exit(main())

@@ -338,15 +338,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time the published solver, as published, beside lgm")  # fmt: skip
     add("--ablate", action="store_true", help="vary the constants of lgm.py instead")
     args = parser.parse_args(arguments)
-    try:
+
+    def act() -> None:
         report = run(args)
-    except UsageError as error:
-        print(f"geon: error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        results.write(args.json, report)
-    return 0
+        if args.json:
+            results.write(args.json, report)
+
+    return guard(act)
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    sys.exit(main())

@@ -186,15 +186,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="also write the report there")
     args = parser.parse_args(arguments)
     args.told = sys.argv[1:] if arguments is None else list(arguments)
-    try:
+
+    def act() -> None:
         report = run(args)
-    except UsageError as error:
-        print(f"geon: error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        results.write(args.json, report)
-    return 0
+        if args.json:
+            results.write(args.json, report)
+
+    return guard(act)
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    sys.exit(main())

@@ -31,9 +31,9 @@ class Facts:
 
 def facts(config: ModelConfig) -> Facts | None:
     """Facts about the model of a config, of its first two layers; None where it cannot be made."""
-    keys = {key: getattr(value, "value", value) for key, value in asdict(config).items()}
-    keys |= {"n_layer": min(config.n_layer, 2), "vocab_size": max(config.vocab_size, 1)}
-    return _facts(json.dumps(keys, sort_keys=True, default=str))
+    few = {"n_layer": min(config.n_layer, 2), "vocab_size": max(config.vocab_size, 1)}
+    keys = asdict(config) | few
+    return _facts(json.dumps(keys, sort_keys=True, default=lambda word: word.value))
 
 
 @lru_cache(maxsize=64)

@@ -113,7 +113,7 @@ def make_shape(config: ModelConfig) -> Shape:
     Raises:
         UsageError: names the key.
     """
-    return shape_of({key: getattr(v, "value", v) for key, v in asdict(config).items()})
+    return shape_of(asdict(config))
 
 
 def make_model(config: ModelConfig) -> LanguageModel:

@@ -65,9 +65,8 @@ def check_layout(config: ParallelConfig, model: ModelConfig, world: int) -> None
     """
     tensor = mesh_shape(config, world).get("tensor", 1)
     if tensor > 1:
-        keys = {key: getattr(value, "value", value) for key, value in asdict(model).items()}
-        keys["vocab_size"] = keys["vocab_size"] or tensor  # 0: the data's, not yet read
-        shape_of(keys).check_tensor(tensor)
+        known = model.vocab_size or 1  # 0: the data's, not yet read
+        shape_of(asdict(model) | {"vocab_size": known}).check_tensor(tensor)
 
 
 def _long_side_cut(shape: Sequence[int], cut: int, ranks: int) -> bool:

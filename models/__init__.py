@@ -28,11 +28,12 @@ _OF_CONFIG = ("arch", "head_dim", "init_from", "options")
 
 
 def shape_of(keys: Mapping[str, Any]) -> Shape:
-    """The shape that the keys of a config's `model` describe.
+    """The shape that the keys of a config's `model` describe; words of enums are their values.
 
     Raises:
         UsageError: an architecture that there is not, an option that it has not, bad sizes.
     """
+    keys = {key: getattr(value, "value", value) for key, value in keys.items()}
     arch = keys["arch"]
     if arch not in ARCHITECTURES:
         raise UsageError(f"model.arch={arch}: there is none; choose {', '.join(ARCHITECTURES)}")

@@ -1,5 +1,6 @@
 """What every architecture offers the recipe: roles, units to shard, costs, and its initial draw."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from functools import cached_property
@@ -205,6 +206,22 @@ def declare(
         shape, fused = tuple(param.shape), splits.get(ending, ())
         infos.append(ParamInfo(name, shape, role, fused, *heads.get(ending, ())))
     return infos
+
+
+def as_linear(info: ParamInfo, shape: Shape, generator: Generator) -> Tensor:
+    """Embedding N(0, 1); matrices of variance 1/(3 d_in), as torch draws its Linear; gains 1.
+
+    A tied weight is drawn as a head. Under muP the head's variance is that of the base width.
+    """
+    if info.role is Role.GAIN:
+        return torch.ones(info.shape, device=generator.device)
+    ends = ("proj_out.weight", "down.weight", "experts.down", "head.weight")
+    if shape.zero_init_proj and info.name.endswith(ends):
+        return torch.zeros(info.shape, device=generator.device)
+    heads = (Role.HEAD, Role.TIED)
+    fan = info.shape[-1] * (shape.shrink if info.role in heads else 1.0)
+    std = 1.0 if info.role is Role.EMBEDDING else 1.0 / math.sqrt(3 * fan)
+    return normal(info, std, generator)
 
 
 def normal(info: ParamInfo, std: float, generator: Generator) -> Tensor:

@@ -1,16 +1,14 @@
 """The speedrun-style GPT: gainless RMSNorm, QK-norm, RoPE, ReLU^2, untied head."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.errors import UsageError
-from geon.models.base import LanguageModel, declare, normal
+from geon.models.base import LanguageModel, as_linear, declare
 from geon.models.cache import BlockCache, Cache
 from geon.models.described import attention, mlp, network, table
 from geon.models.hf import HFMap
@@ -19,6 +17,7 @@ from geon.models.layers import (
     Projections,
     attend,
     block_plan,
+    ends_plan,
     head_axes,
     joined,
     linear,
@@ -215,19 +214,8 @@ class GPT(LanguageModel):
         return network(table(s, s.tied), first, blocks, norm("norm"), s, name)
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
-        """Embedding N(0, 1); matrices of variance 1/(3 d_in), as torch draws its Linear.
-
-        A tied weight is drawn as a head. Under muP the head's variance is that of the base width.
-        """
-        if info.role is Role.GAIN:
-            return torch.ones(info.shape, device=generator.device)
-        ends_branch = info.name.endswith(("proj_out.weight", "down.weight", "head.weight"))
-        if self.shape.zero_init_proj and ends_branch:
-            return torch.zeros(info.shape, device=generator.device)
-        heads = (Role.HEAD, Role.TIED)
-        fan = info.shape[-1] * (self.shape.shrink if info.role in heads else 1.0)
-        std = 1.0 if info.role is Role.EMBEDDING else 1.0 / math.sqrt(3 * fan)
-        return normal(info, std, generator)
+        """See `as_linear`."""
+        return as_linear(info, self.shape, generator)
 
     def shard_units(self) -> list[nn.Module]:
         """The blocks; embedding and head stay with the root."""
@@ -238,16 +226,7 @@ class GPT(LanguageModel):
 
         A tied weight, which is read in two ways, is whole on every tensor rank.
         """
-        from torch.distributed.tensor import Replicate
-        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-        if self.shape.tied:
-            return block_plan("attention.")
-        return {
-            "embed": RowwiseParallel(input_layouts=Replicate()),
-            **block_plan("attention."),
-            "head": ColwiseParallel(output_layouts=Replicate()),
-        }
+        return block_plan("attention.") | ({} if self.shape.tied else ends_plan())
 
     @classmethod
     def hf_map(cls) -> HFMap:

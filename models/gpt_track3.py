@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from geon.models.layers import (
     Projections,
     attend,
     block_plan,
+    ends_plan,
     head_axes,
     lowered,
     relu_squared,
     rms_norm,
     rotate,
 )
+from geon.models.rope import Tables, made_once
 from geon.models.shapes import DecoderShape, Shape
 from geon.optim.modular import (
     Gain,
@@ -45,26 +46,17 @@ VARIANCE = 0.33
 """Variance of a drawn matrix times d_in."""
 
 
-@torch.compiler.assume_constant_result
-def truncated_table(time: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+@made_once
+def truncated_table(time: int, head_dim: int, device: torch.device) -> Tables:
     """Cosines and sines (T, K/2) in fp32, of which the second half of the pairs does not turn.
 
     Frequencies of the first half fall evenly in their logarithm from 1 to 1 / ROPE_BASE.
     """
-    real = type(torch.empty(0, device=device)) is Tensor  # a fake one is of its mode alone
-    return (_kept_table if real else _truncated_table)(time, head_dim, device)
-
-
-def _truncated_table(time: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     turning = torch.linspace(0, 1, head_dim // 4, device=device)
     frequency = torch.zeros(head_dim // 2, device=device)
     frequency[: head_dim // 4] = (1 / ROPE_BASE) ** turning
     angle = torch.arange(time, device=device).float()[:, None] * frequency
     return angle.cos(), angle.sin()
-
-
-# Outside of inference mode, whose tensors no training may use, whoever asks first.
-_kept_table = lru_cache(maxsize=16)(torch.inference_mode(False)(_truncated_table))
 
 
 class Track3Shape(DecoderShape):
@@ -228,14 +220,7 @@ class GPTTrack3(LanguageModel):
 
     def tp_plan(self) -> dict[str, Any]:
         """Heads and MLP neurons are split; embedding and head by tokens, logits gathered."""
-        from torch.distributed.tensor import Replicate
-        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-        return {
-            "embed": RowwiseParallel(input_layouts=Replicate()),
-            **block_plan(),
-            "head": ColwiseParallel(output_layouts=Replicate()),
-        }
+        return block_plan() | ends_plan()
 
     def block_bytes(self, at: Pass) -> int:
         """See `decoder_bytes`."""

@@ -1,13 +1,13 @@
 """Blocks that several architectures share. Shapes: B batch, T time, D width, H heads, K = D/H."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from geon.models.rope import Tables, made_once
 from geon.models.tensor import summed
 
 
@@ -67,28 +67,12 @@ def relu_squared(x: Tensor, scale: float = 1.0) -> Tensor:
     return _ReluSquared.apply(x, scale)
 
 
-@torch.compiler.assume_constant_result
-def rotary_table(
-    time: int, head_dim: int, base: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, K/2) of the rotary angles t * base^(-2i/K), in fp32.
-
-    Made once for each length and device; a compiled graph holds them as constants.
-    """
-    real = type(torch.empty(0, device=device)) is Tensor  # a fake one is of its mode alone
-    return (_kept_table if real else _rotary_table)(time, head_dim, base, device)
-
-
-def _rotary_table(
-    time: int, head_dim: int, base: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
+@made_once
+def rotary_table(time: int, head_dim: int, base: float, device: torch.device) -> Tables:
+    """Cosines and sines (T, K/2) of the rotary angles t * base^(-2i/K), in fp32."""
     frequency = base ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angle = torch.arange(time, device=device).float()[:, None] * frequency
     return angle.cos(), angle.sin()
-
-
-# Outside of inference mode, whose tensors no training may use, whoever asks first.
-_kept_table = lru_cache(maxsize=16)(torch.inference_mode(False)(_rotary_table))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -165,6 +149,17 @@ def head_axes(n_head: int) -> dict[str, tuple[int, int]]:
     """
     names = ("q.weight", "k.weight", "v.weight", "qkv.weight")
     return {**dict.fromkeys(names, (n_head, 0)), "proj_out.weight": (n_head, 1)}
+
+
+def ends_plan() -> dict[str, Any]:
+    """Tensor parallelism of an embedding and a head: cut by tokens, logits gathered."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    return {
+        "embed": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
 
 
 def block_plan(attention: str = "", more: Sequence[str] = ()) -> dict[str, Any]:

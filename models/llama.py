@@ -1,22 +1,20 @@
 """Llama (arXiv 2302.13971): RMSNorm with gains, RoPE, SwiGLU, grouped queries; and Qwen3."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from geon.errors import UsageError
-from geon.models.base import LanguageModel, declare, normal
+from geon.models.base import LanguageModel, as_linear, declare
 from geon.models.cache import BlockCache, Cache
 from geon.models.described import matrix, network, table
 from geon.models.grouped import GroupedAttention
 from geon.models.hf import HFMap
 from geon.models.kept import FP32, Pass
-from geon.models.layers import Norm, block_plan, lowered
+from geon.models.layers import Norm, block_plan, ends_plan, lowered
 from geon.models.rope import SCALINGS, slowed, turning_table
 from geon.models.shapes import Shape
 from geon.models.tensor import SummedGains
@@ -215,6 +213,10 @@ class Llama(LanguageModel):
 
     def roles(self) -> list[ParamInfo]:
         """Embedding, head, gains, and everything else a hidden matrix."""
+        return self.declared({})
+
+    def declared(self, own: Mapping[str, Role]) -> list[ParamInfo]:
+        """Roles of llama's parameters, and of those that a model has besides."""
         s = self.shape
         embedding = Role.TIED if s.tied else Role.EMBEDDING
         heads = {
@@ -222,7 +224,7 @@ class Llama(LanguageModel):
             "q.weight": (s.n_head, 0),
             "proj_out.weight": (s.n_head, 1),
         }
-        return declare(self, {**ROLES, "embed.weight": embedding}, {}, heads)
+        return declare(self, {**ROLES, **own, "embed.weight": embedding}, {}, heads)
 
     def modular(self) -> Network:
         """Residual blocks of attention and SwiGLU.
@@ -278,19 +280,8 @@ class Llama(LanguageModel):
         return Series((both, matrix(f"{path}.down", s.mlp_width, s.d_model)), f"{path}.mlp")
 
     def initial(self, info: ParamInfo, generator: Generator) -> Tensor:
-        """Embedding N(0, 1); matrices of variance 1/(3 d_in), as torch draws its Linear; gains 1.
-
-        A tied weight is drawn as a head. Under muP the head's variance is that of the base width.
-        """
-        if info.role is Role.GAIN:
-            return torch.ones(info.shape, device=generator.device)
-        ends = ("proj_out.weight", "down.weight", "experts.down", "head.weight")
-        if self.shape.zero_init_proj and info.name.endswith(ends):
-            return torch.zeros(info.shape, device=generator.device)
-        heads = (Role.HEAD, Role.TIED)
-        fan = info.shape[-1] * (self.shape.shrink if info.role in heads else 1.0)
-        std = 1.0 if info.role is Role.EMBEDDING else 1.0 / math.sqrt(3 * fan)
-        return normal(info, std, generator)
+        """See `as_linear`."""
+        return as_linear(info, self.shape, generator)
 
     def shard_units(self) -> list[nn.Module]:
         """The blocks; embedding and head stay with the root."""
@@ -301,16 +292,10 @@ class Llama(LanguageModel):
 
         A tied weight, which is read in two ways, is whole on every tensor rank.
         """
-        from torch.distributed.tensor import Replicate
-        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
         plan = block_plan("attention.", ["gate"])
         if self.shape.qk_norm:
             plan |= {f"blocks.*.attention.{name}": SummedGains() for name in ("q_norm", "k_norm")}
-        if self.shape.tied:
-            return plan
-        embed = {"embed": RowwiseParallel(input_layouts=Replicate())}
-        return {**embed, **plan, "head": ColwiseParallel(output_layouts=Replicate())}
+        return plan | ({} if self.shape.tied else ends_plan())
 
     @classmethod
     def hf_map(cls) -> HFMap:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from geon.errors import UsageError
-from geon.models.base import declare
 from geon.models.cache import BlockCache, Cache
 from geon.models.hf import HFMap
 from geon.models.kept import FP32, Pass
@@ -20,7 +19,6 @@ from geon.models.llama import (
     INSIDE,
     KEYS,
     OUTSIDE,
-    ROLES,
     Llama,
     LlamaShape,
     llama_config,
@@ -162,16 +160,8 @@ class MoE(Llama):
 
     def roles(self) -> list[ParamInfo]:
         """As llama's; experts are batches of hidden matrices, the router is stepped by entries."""
-        s = self.shape
-        heads = {
-            **{f"{part}.weight": (s.kv_heads, 0) for part in "kv"},
-            "q.weight": (s.n_head, 0),
-            "proj_out.weight": (s.n_head, 1),
-        }
         own = {f"experts.{part}": Role.HIDDEN for part in ("gate", "up", "down")}
-        embedding = Role.TIED if s.tied else Role.EMBEDDING
-        roles = {**ROLES, **own, "router.weight": Role.OTHER, "embed.weight": embedding}
-        return declare(self, roles, {}, heads)
+        return self.declared({**own, "router.weight": Role.OTHER})
 
     def modular(self) -> Network:
         """Nothing: a choice of experts jumps, so no sensitivity bounds it.

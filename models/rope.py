@@ -1,12 +1,34 @@
-"""Rotary tables of frequencies that are stretched to longer contexts."""
+"""Rotary tables, made once; and frequencies that are stretched to longer contexts."""
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SCALINGS = ("none", "linear", "llama3")
+
+
+Tables = tuple[Tensor, Tensor]
+
+
+def made_once(make: Callable[..., Tables]) -> Callable[..., Tables]:
+    """Keep the tables of a function of plain numbers and, last, the device.
+
+    They are made outside of inference mode, whose tensors no training may use, whoever asks first;
+    a compiled graph holds them as constants.
+    """
+    kept = lru_cache(maxsize=16)(torch.inference_mode(False)(make))
+
+    @torch.compiler.assume_constant_result
+    @wraps(make)
+    def table(*args: Any) -> Tables:
+        real = type(torch.empty(0, device=args[-1])) is Tensor  # a fake one is of its mode alone
+        return (kept if real else make)(*args)
+
+    return table
 
 
 def slowed(
@@ -27,22 +49,9 @@ def slowed(
     return share * frequency + (1 - share) * frequency / factor
 
 
-@torch.compiler.assume_constant_result
-def turning_table(
-    time: int, frequencies: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+@made_once
+def turning_table(time: int, frequencies: tuple[float, ...], device: torch.device) -> Tables:
     """Cosines and sines (T, K/2) of t * frequency in fp32; the sign turns as transformers does."""
-    real = type(torch.empty(0, device=device)) is Tensor  # a fake one is of its mode alone
-    return (_kept_table if real else _turning_table)(time, frequencies, device)
-
-
-def _turning_table(
-    time: int, frequencies: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
     frequency = torch.tensor(frequencies, dtype=torch.float32, device=device)
     angle = torch.arange(time, device=device).float()[:, None] * frequency
     return angle.cos(), -angle.sin()
-
-
-# Outside of inference mode, whose tensors no training may use, whoever asks first.
-_kept_table = lru_cache(maxsize=16)(torch.inference_mode(False)(_turning_table))

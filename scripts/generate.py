@@ -87,7 +87,7 @@ def _speak(model: LanguageModel, codec: Codec, args: argparse.Namespace) -> None
         print(f"--- {i} ---\n{prompt}{row.text}", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -110,18 +110,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     args.prompt = ["def "] if args.prompt is None else args.prompt
-    try:
-        _check(args)
-        model, codec = load(args.run, args.device)
-    except UsageError as error:
-        print(f"geon: error: {error}", file=sys.stderr)
-        return 2
+    _check(args)
+    model, codec = load(args.run, args.device)
     try:
         _speak(model, codec, args)
     except BrokenPipeError:  # as of `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return guard(lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    sys.exit(main())

@@ -33,7 +33,7 @@ def config_of(run: Path) -> Config:
     return resolve(loaded)  # type: ignore[arg-type]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run folder")
@@ -43,32 +43,32 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="new run folder")
     args = parser.parse_args(arguments)
-    try:
-        config = config_of(args.run)
-        found = checkpoint.candidates(args.run / "checkpoints")[::-1]
-        if args.last < 1 or len(found) < args.last:
-            raise UsageError(
-                f"--last {args.last}: '{args.run}' holds {len(found)} committed checkpoints "
-                "(keep more with checkpoint.keep)"
-            )
-        if args.out.exists():
-            raise UsageError(f"--out '{args.out}' is there already; name a new folder")
-        if not 0 < args.decay <= 1:
-            raise UsageError(f"--decay must be above 0, at most 1, got {args.decay}")
-        paths = found[-args.last :]
-        shares = [args.decay**age for age in reversed(range(len(paths)))]
-        model = build.make_model(config.model)
-        model.to_empty(device="cpu")
-        merge(paths, shares, model, build.make_routing(model, config.optim))
-        target = save(args.out, model, paths[-1], {"merged": [p.name for p in paths]})
-        shutil.copy(args.run / runfolder.CONFIG, args.out / runfolder.CONFIG)
-    except UsageError as error:
-        print(f"geon: error: {error}", file=sys.stderr)
-        return 2
+    config = config_of(args.run)
+    found = checkpoint.candidates(args.run / "checkpoints")[::-1]
+    if args.last < 1 or len(found) < args.last:
+        raise UsageError(
+            f"--last {args.last}: '{args.run}' holds {len(found)} committed checkpoints "
+            "(keep more with checkpoint.keep)"
+        )
+    if args.out.exists():
+        raise UsageError(f"--out '{args.out}' is there already; name a new folder")
+    if not 0 < args.decay <= 1:
+        raise UsageError(f"--decay must be above 0, at most 1, got {args.decay}")
+    paths = found[-args.last :]
+    shares = [args.decay**age for age in reversed(range(len(paths)))]
+    model = build.make_model(config.model)
+    model.to_empty(device="cpu")
+    merge(paths, shares, model, build.make_routing(model, config.optim))
+    target = save(args.out, model, paths[-1], {"merged": [p.name for p in paths]})
+    shutil.copy(args.run / runfolder.CONFIG, args.out / runfolder.CONFIG)
     print(f"{target}: mean of {', '.join(p.name for p in paths)}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return guard(lambda: run(arguments))
 
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(guard(main))
+    sys.exit(main())

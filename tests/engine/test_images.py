@@ -3,8 +3,6 @@
 import json
 import math
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,11 @@ from geon.engine.parallel import Parallel
 from geon.errors import UsageError
 from geon.launch.compose import compose
 from geon.launch.env import Env
+from geon.launch.local import torchrun_command
 from geon.models import IMAGE_MODELS, ModelShape
 from geon.optim import Role
 from geon.scripts import generate
+from tests.distributed.jobs import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["task=image", "parallel=single", "device=cpu", "data.tokens=400", "data.batch_tokens=50"]
@@ -223,9 +223,7 @@ def test_sizes_of_another_model_are_refused():
 def test_two_ranks_see_what_one_sees(tmp_path):
     """DDP, checkpoint and all: losses agree with one process."""
     told = [*SMALL[:1], *SMALL[2:], "optim=manifold_muon", f"output={tmp_path}"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["train.py", *told, "parallel=ddp", "name=two"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = launch(torchrun_command(2, [*told, "parallel=ddp", "name=two"]), 300)
     assert done.returncode == 0, done.stderr[-2000:]
     one = run(tmp_path, "optim=manifold_muon")
     two = json.loads((tmp_path / "two" / "report.json").read_text())
