@@ -16,7 +16,7 @@ class Facts:
         fields: its sizes and options.
         roles: of its parameters.
         attends: whether some of them have heads.
-        kernels: whether some are kernels of convolutions.
+        wide: whether a hidden one is a matrix of more columns than rows.
         blocks: whether it has blocks that are run one by one.
         stored: whether transformers has it.
     """
@@ -24,7 +24,7 @@ class Facts:
     fields: frozenset[str]
     roles: frozenset[str]
     attends: bool
-    kernels: bool
+    wide: bool
     blocks: bool
     stored: bool
 
@@ -52,7 +52,11 @@ def _facts(keys: str) -> Facts | None:
         frozenset(asdict(shape)),
         frozenset(info.role.value for info in model.infos),
         any(info.heads for info in model.infos),
-        any(info.kernel for info in model.infos),
+        any(info.role.value == "hidden" and _wide(info.shape) for info in model.infos),
         bool(model.shard_units()),
         model.hf_map() is not None,
     )
+
+
+def _wide(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[0] < shape[1]

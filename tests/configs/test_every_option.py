@@ -176,6 +176,7 @@ optim=adamw optim.hidden.momentum=0 : optim.hidden.momentum=0 has no effect
 data=stdlib data.path=x : data.path=x has no effect with data.source=stdlib
 parallel=fsdp parallel.zero=3 : parallel.zero=3 has no effect with parallel.layout=fsdp
 parallel=ddp parallel.long_side=false : parallel.long_side=False has no effect
+model=moe parallel=fsdp parallel.long_side=false : parallel.long_side=False has no effect
 schedule=cosine schedule.decay=0 : schedule.decay=0 has no effect
 device=cpu shard.half_tflops=9 : shard.half_tflops=9 has no effect
 optim=adamw shard.gbytes=9 : shard.gbytes=9 has no effect
